@@ -1,0 +1,255 @@
+"""What every command takes: dataclasses whose field docstrings are the command line's help.
+
+Ground floor: imports nothing heavy, so that `stocktake COMMAND --help` answers at once. A command's config
+inherits the fields that it shares with others; the ladder's config is every rung's config at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class SplitConfig:
+    """How bins are divided into train, val and test."""
+
+    by: Literal["group", "id"] = "group"
+    """group: all looks at one bin stay together. id: the plain random split of published figures."""
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, val and test; they sum to 1."""
+    seed: int = 0
+    """Changes which bins fall into which split."""
+
+
+@dataclass
+class SyntheticConfig:
+    """The synthetic root that is made when no root is given."""
+
+    count: int = 1500
+    """How many bins to render."""
+    seed: int = 0
+    """The same seed renders the same photos."""
+    size: int = 224
+    """Short side of a photo, in pixels."""
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are logged."""
+
+    uri: str | None = None
+    """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
+    registry_uri: str | None = None
+    """MLflow registry URI. Default: MLFLOW_REGISTRY_URI, else the tracking URI."""
+    experiment: str = "stocktake"
+    """MLflow experiment. A run that `mlflow run` opened stays in that run's experiment."""
+    run_name: str | None = None
+    """Name of the run. Default: the command's name."""
+    model_name: str = "stocktake"
+    """Name of the registered model."""
+    offline: bool = False
+    """Write to disk only; `stocktake sync` uploads later."""
+    system_metrics: bool = True
+    """Log CPU, memory, disk, network and GPU use of the run."""
+
+
+@dataclass
+class BinsConfig:
+    """Which bins, and how they are split."""
+
+    root: str | None = None
+    """Folder with bin-images/<id>.jpg and metadata/<id>.json. Default: a synthetic root is made."""
+    task: str = "1-5"
+    """The quantities to tell apart: 1-5, 0-5, any range. Bins outside of it are left out."""
+    list: str | None = None
+    """JSON file of the ids to use: {"1": ["data/metadata/100313.json", ...], ...}."""
+    workspace: str = "workspace"
+    """Folder for everything the program writes: synthetic root, manifests, caches, runs."""
+    seed: int = 0
+    """Seeds weights, shuffling, augmentation and bootstrap."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass
+class DataConfig(BinsConfig):
+    """Build the manifest: check every photo and record, group the looks at one bin, assign splits."""
+
+    export: str | None = None
+    """Also write an ImageFolder tree here: train/1/<id>.jpg, ..."""
+
+
+@dataclass
+class RunConfig(BinsConfig):
+    """A tracked run over bins."""
+
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class EdaConfig(RunConfig):
+    """Explore the bins: a tracked run with figures and one self-contained HTML page."""
+
+
+@dataclass
+class ImageConfig(RunConfig):
+    """A run of a model over photos of one size."""
+
+    image_size: int = 128
+    """Side of the square that a photo is resized to, in pixels."""
+
+
+@dataclass
+class MajorityConfig(ImageConfig):
+    """Benchmark A: always answer the most frequent quantity of the training split."""
+
+
+@dataclass
+class PcaSvmConfig:
+    """PCA of the pixels, then a support vector machine (the paper's best classical pipeline)."""
+
+    pixels: int = 32
+    """The photo is averaged down to this many pixels a side before PCA."""
+    components: int = 60
+    """Principal components kept."""
+    c: float = 3.0
+    """Penalty of the SVM."""
+    gamma: float | None = None
+    """Width of the radial kernel. Default: 1 / components, on whitened components."""
+    max_train: int = 20_000
+    """Fit on at most this many bins: training an SVM grows with their square."""
+
+
+@dataclass
+class ClassicalConfig(ImageConfig):
+    """A classical pipeline on the pixels: PCA and a support vector machine."""
+
+    classical: PcaSvmConfig = field(default_factory=PcaSvmConfig)
+
+
+@dataclass
+class NetworkConfig(ImageConfig):
+    """A run with a backbone."""
+
+    backbone: str = "efficientnet_lite0"
+    """efficientnet_lite0, or any torchvision classifier: resnet18, resnet34, resnet50, ..."""
+    weights: str = "imagenet"
+    """imagenet, none, or the path of a checkpoint (.safetensors, .pth)."""
+    batch_size: int = 32
+    """Photos a step, over all processes."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: the fastest of precision and memory layout for this backbone on this processor, measured once."""
+
+
+@dataclass
+class HeadConfig:
+    """The linear head on frozen features."""
+
+    c: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    """Inverse strengths of regularisation to try; the best on val is kept."""
+    class_weight: Literal["balanced", "none"] = "balanced"
+    """balanced: every class weighs the same in the loss."""
+
+
+@dataclass
+class FrozenConfig(NetworkConfig):
+    """Benchmark B: features of a frozen backbone, then a linear head."""
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+
+@dataclass
+class TrainingConfig:
+    """How the whole network is trained."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with Nesterov momentum 0.9."""
+    schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
+    """Learning rate over the run. step divides by 10 every third of it."""
+    head_lr_factor: float = 5.0
+    """The new head learns this many times faster than the backbone."""
+    freeze_epochs: int = 0
+    """Epochs in which only the head learns."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over the other classes."""
+    ordinal_smoothing: float = 0.0
+    """Share of the target given to the neighbouring quantities."""
+    class_weight: Literal["balanced", "none"] = "none"
+    """balanced: every class weighs the same in the loss."""
+    augment: Literal["none", "flip", "full"] = "full"
+    """flip: horizontal flips (the paper's). full: flips, crops and colour."""
+    patience: int = 4
+    """Stop after this many epochs without a better val/macro_f1."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+    workers: int | None = None
+    """Processes that load photos. Default: none on a CPU, one a core beside a GPU."""
+    max_steps: int = -1
+    """Stop after this many steps; -1: no limit. For quick looks."""
+
+
+@dataclass
+class FinetuneConfig(NetworkConfig):
+    """Train the whole network, stop early, keep the best checkpoint."""
+
+    epochs: int = 8
+    """Passes over the training split at most."""
+    lr: float = 1e-3
+    """Peak learning rate of the backbone."""
+    weight_decay: float = 0.05
+    """Weight decay; none on biases and normalisation."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    resume: str | None = None
+    """Go on from this run folder's last checkpoint."""
+
+
+@dataclass
+class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig):
+    """Majority, classical, frozen and fine-tuned on one manifest, a leaderboard, and a candidate version."""
+
+    rungs: tuple[Literal["majority", "classical", "frozen", "finetune"], ...] = (
+        "majority",
+        "classical",
+        "frozen",
+        "finetune",
+    )
+    """Which models to train, in this order."""
+
+
+@dataclass
+class EvaluateConfig(RunConfig):
+    """Evaluate a registered or saved model on a split of any root."""
+
+    model: str = "models:/stocktake/latest"
+    """models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/model, or a model folder."""
+    on: Literal["train", "val", "test"] = "test"
+    """The split to evaluate on."""
+    batch_size: int = 32
+    """Photos a step."""
+
+
+@dataclass
+class CompareConfig:
+    """The leaderboard of an experiment: in the terminal, as HTML and as CSV."""
+
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    workspace: str = "workspace"
+    """The leaderboard is written to compare/ in here."""
+    output: str | None = None
+    """Folder for leaderboard.html and leaderboard.csv. Default: WORKSPACE/compare."""
+    stage: str | None = None
+    """Only runs of this stage: majority, classical, frozen, finetune, ..."""
+    best: int = 50
+    """How many runs to show at most, best val/macro_f1 first."""
+
+
+@dataclass
+class SyncConfig:
+    """Upload runs that a tracking server could not take when they ran."""
+
+    workspace: str = "workspace"
+    """Folder whose runs/ are uploaded."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
