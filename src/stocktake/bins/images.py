@@ -1,0 +1,76 @@
+"""Photos: decoding with bounds, and the one resize that training and serving share."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+LARGEST_FILE = 50_000_000
+"""Bytes. Real photos have 4 to 100 kB."""
+LARGEST_PHOTO = 40_000_000
+"""Pixels. Asked before decoding, so that a small file cannot fill the memory."""
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class PhotoError(Exception):
+    """This photo cannot be used; the message is the reason given to the user."""
+
+
+def examine(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+    """The photo, upright, in RGB, and what was unusual about its file: png, webp, greyscale, cmyk, exif_rotated.
+
+    Raises:
+        PhotoError: empty, not an image, truncated, or too large.
+    """
+    if not data:
+        raise PhotoError("photo is empty")
+    if len(data) > LARGEST_FILE:
+        raise PhotoError(f"photo has {len(data)} bytes, more than {LARGEST_FILE}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large photos; the bound below decides
+            photo = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise PhotoError("photo is not a JPEG, PNG or WebP image") from None
+    except Exception as error:
+        # Pillow's readers raise many kinds of errors on hostile bytes; each of them means the same here
+        raise PhotoError(f"photo cannot be read: {error}") from None
+    if photo.width * photo.height > LARGEST_PHOTO:
+        raise PhotoError(f"photo has {photo.width}x{photo.height} pixels, more than {LARGEST_PHOTO}")
+    flags = [photo.format.lower()] if photo.format not in (None, "JPEG") else []
+    try:
+        photo.load()
+        if photo.mode == "CMYK":
+            flags.append("cmyk")
+        elif photo.mode in ("1", "L", "LA", "I", "I;16", "F"):
+            flags.append("greyscale")
+        if photo.getexif().get(0x0112, 1) != 1:
+            flags.append("exif_rotated")
+            return ImageOps.exif_transpose(photo).convert("RGB"), tuple(flags)
+        return photo.convert("RGB"), tuple(flags)
+    except Exception as error:
+        raise PhotoError(f"photo cannot be decoded: {error}") from None
+
+
+def photo_key(data: bytes) -> str:
+    """Content hash of a photo's bytes: what manifests and caches know it by."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def decode(data: bytes) -> Image.Image:
+    """The photo, upright, in RGB; errors as `examine`."""
+    return examine(data)[0]
+
+
+def prepare(photo: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """The photo as a network sees it: (size, size, 3), uint8, stretched to a square.
+
+    About half of the real photos come stretched to a square already; so the others are too.
+    """
+    square = photo if photo.size == (size, size) else photo.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(square, dtype=np.uint8)

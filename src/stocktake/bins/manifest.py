@@ -1,0 +1,244 @@
+"""The manifest: the table of bins with their splits and checks, and what was set aside and why."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from stocktake.bins.grouping import group_looks
+from stocktake.bins.images import PhotoError, examine, photo_key
+from stocktake.bins.record import RecordError, parse_record
+from stocktake.bins.source import Source, open_source, read_id_list, source_key
+from stocktake.bins.splits import SPLITS, Split, assign_split, check_fractions
+from stocktake.bins.task import parse_task
+from stocktake.config import BinsConfig
+from stocktake.errors import StocktakeError
+from stocktake.progress import progress
+
+CHECKS_VERSION = 1
+"""Raised when the checks below change, so that remembered ones are not trusted."""
+_THREADS = 4
+_CHUNK = 512
+_COLUMNS = {
+    "id": "str",
+    "stamp": "str",
+    "quantity": "Int64",
+    "width": "int64",
+    "height": "int64",
+    "bytes": "int64",
+    "hash": "str",
+    "phash": "str",
+    "items": "object",
+    "flags": "object",
+    "file": "str",
+    "reason": "str",
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The bins of one task over one root."""
+
+    bins: pd.DataFrame
+    """A row a bin of the task, sorted by id: id, quantity, split, width, height (pixels, upright), bytes, hash (of
+    the photo's bytes), phash (16 hex digits), group, items (list), flags (list)."""
+    set_aside: pd.DataFrame
+    """A row a bin that cannot be used: id, file, reason."""
+    outside: int
+    """Usable bins whose quantity is not of the task."""
+    labels: tuple[int, ...]
+    """The quantities of the task, ascending."""
+    source: Source
+    fingerprint: str
+    """Same ids, photos, quantities and splits: same fingerprint."""
+    folder: Path
+    """Where manifest.parquet and set-aside.csv lie."""
+
+    def split(self, name: Split) -> pd.DataFrame:
+        """The bins of one split, rows renumbered from 0."""
+        return self.bins[self.bins["split"] == name].reset_index(drop=True)
+
+    def counts(self) -> pd.DataFrame:
+        """Bins by quantity (rows) and split (columns)."""
+        table = pd.crosstab(self.bins["quantity"], self.bins["split"])
+        return table.reindex(index=list(self.labels), columns=list(SPLITS), fill_value=0)
+
+    def require_train_classes(self) -> None:
+        """Raises StocktakeError when a quantity has no bin to learn from, or a split has no bin at all."""
+        counts = self.counts()
+        unseen = [label for label in self.labels if counts.loc[label, "train"] == 0]
+        if unseen:
+            raise StocktakeError(
+                f"quantity {', '.join(map(str, unseen))} has no bin in the train split of {self.source.root}: "
+                "add bins, narrow --task, or change --split.seed"
+            )
+        empty = [name for name in SPLITS if counts[name].sum() == 0]
+        if empty:
+            raise StocktakeError(
+                f"the {empty[0]} split of {self.source.root} is empty ({len(self.bins)} bins in all): "
+                "add bins, or change --split.fractions or --split.seed"
+            )
+
+
+def build_manifest(config: BinsConfig) -> Manifest:
+    """Check every photo and record, group the looks, assign splits; a second call looks at what changed only.
+
+    With no root, the synthetic one is made first.
+
+    Raises:
+        StocktakeError: root or list unusable, a task that matches nothing, an unwritable workspace.
+    """
+    labels = parse_task(config.task)
+    check_fractions(config.split.fractions)
+    root = config.root or str(synthetic_root(config))
+    source = open_source(root)
+    wanted = read_id_list(Path(config.list)) if config.list else None
+    folder = Path(config.workspace) / "manifests" / source_key(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checked = _check_bins(source, wanted, folder / "checked.parquet")
+    except OSError as error:
+        raise StocktakeError(
+            f"--workspace {config.workspace} cannot be written ({error.strerror}: {error.filename}): "
+            "give another folder"
+        ) from None
+
+    set_aside = checked.loc[checked["reason"] != "", ["id", "file", "reason"]].reset_index(drop=True)
+    usable = checked[checked["reason"] == ""].drop(columns=["file", "reason", "stamp"]).reset_index(drop=True)
+    if usable.empty:
+        first = set_aside.iloc[0]
+        raise StocktakeError(
+            f"--root {root} holds nothing usable: all {len(set_aside)} bins were set aside, "
+            f"the first because of {first['file']}: {first['reason']}"
+        )
+    usable["quantity"] = usable["quantity"].astype("int64")
+    hashes = np.array([int(text, 16) for text in usable["phash"]], dtype=np.uint64)
+    usable["group"] = group_looks(usable["id"].tolist(), usable["items"].tolist(), hashes, config.split.twin_distance)
+    keys = usable["group"] if config.split.by == "group" else usable["id"]
+    split_of = {key: assign_split(key, config.split.fractions, config.split.seed) for key in keys.unique()}
+    usable["split"] = keys.map(split_of)
+
+    bins = usable[usable["quantity"].isin(labels)].reset_index(drop=True)
+    if bins.empty:
+        raise StocktakeError(
+            f"--task {config.task} matches no bin of {root}: its quantities are "
+            f"{usable['quantity'].min()} to {usable['quantity'].max()}"
+        )
+    manifest = Manifest(
+        bins=bins[["id", "quantity", "split", "width", "height", "bytes", "hash", "phash", "group", "items", "flags"]],
+        set_aside=set_aside,
+        outside=len(usable) - len(bins),
+        labels=labels,
+        source=source,
+        fingerprint=_fingerprint(bins, labels),
+        folder=folder,
+    )
+    _write(manifest.bins, folder / "manifest.parquet")
+    _write(manifest.set_aside, folder / "set-aside.csv")
+    return manifest
+
+
+def synthetic_root(config: BinsConfig) -> Path:
+    """The synthetic root of these settings, made if it is not there yet."""
+    from stocktake.bins.synthetic import make_synthetic_root
+
+    wanted = config.synthetic
+    folder = Path(config.workspace) / f"synthetic-{wanted.count}-{wanted.size}px-seed{wanted.seed}"
+    with progress("rendering synthetic bins", wanted.count) as advance:
+        return make_synthetic_root(folder, wanted, progress=advance)
+
+
+def _check_bins(source: Source, wanted: list[str] | None, memory: Path) -> pd.DataFrame:
+    """A row a wanted bin, from memory where nothing changed since; remembers the rest."""
+    present = source.ids()
+    ids = present if wanted is None else sorted(set(wanted) & set(present))
+    if wanted is not None and not ids:
+        raise StocktakeError(f"--list names {len(wanted)} bins, and none of them is in {source.root}")
+    stamps = {bin_id: f"v{CHECKS_VERSION} {source.stamp(bin_id)}" for bin_id in ids}
+    known = _read_memory(memory)
+    same = known[known["id"].map(stamps) == known["stamp"]]
+    new = sorted(stamps.keys() - set(same["id"]))
+    rows: list[dict[str, object]] = []
+    with progress("checking bins", len(new)) as advance, ThreadPoolExecutor(_THREADS) as threads:
+        for chunk in _chunks(new, _CHUNK):  # bounded: a chunk's photos at a time, not the root's
+            for row in threads.map(lambda bin_id: _check_bin(source, bin_id), chunk):
+                rows.append(row | {"stamp": stamps[str(row["id"])]})
+                advance(1)
+    fresh = pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
+    checked = pd.concat([same, fresh], ignore_index=True).sort_values("id", ignore_index=True) if rows else same
+    if rows:
+        elsewhere = known[~known["id"].isin(stamps)]
+        _write(pd.concat([elsewhere, checked], ignore_index=True).sort_values("id", ignore_index=True), memory)
+    unknown = sorted(set(wanted or ()) - set(present))
+    missing = pd.DataFrame({"id": unknown, "file": "", "reason": "named by --list, but not in the root"})
+    absent = missing.reindex(columns=list(_COLUMNS)).fillna({"width": 0, "height": 0, "bytes": 0})
+    return pd.concat([checked, absent.astype(_COLUMNS)], ignore_index=True) if unknown else checked
+
+
+def _check_bin(source: Source, bin_id: str) -> dict[str, object]:
+    """What is known of one bin, or why it is set aside."""
+    import imagehash
+
+    row: dict[str, object] = dict.fromkeys(_COLUMNS, "") | {"id": bin_id, "width": 0, "height": 0, "bytes": 0}
+    row |= {"quantity": None, "items": [], "flags": []}
+    file = f"metadata/{bin_id}.json"
+    try:
+        record = parse_record(source.record(bin_id))
+        row |= {"quantity": record.quantity, "items": list(record.items)}
+        file = f"bin-images/{bin_id}.jpg"
+        data = source.photo(bin_id)
+        row["bytes"] = len(data)
+        photo, unusual = examine(data)
+    except FileNotFoundError:
+        return row | {"file": file, "reason": "file is missing"}
+    except (RecordError, PhotoError) as error:
+        return row | {"file": file, "reason": str(error)}
+    except OSError as error:
+        return row | {"file": file, "reason": f"file cannot be read: {error.strerror}"}
+    return row | {
+        "width": photo.width,
+        "height": photo.height,
+        "hash": photo_key(data),
+        "phash": str(imagehash.phash(photo)),
+        "flags": [*record.flags, *unusual],
+    }
+
+
+def _read_memory(memory: Path) -> pd.DataFrame:
+    """What earlier runs found; a damaged or older file is no memory."""
+    empty = pd.DataFrame(columns=list(_COLUMNS)).astype(_COLUMNS)
+    if not memory.exists():
+        return empty
+    try:
+        return pd.read_parquet(memory)[list(_COLUMNS)].astype(_COLUMNS)
+    except (OSError, ValueError, KeyError):
+        return empty
+
+
+def _fingerprint(bins: pd.DataFrame, labels: tuple[int, ...]) -> str:
+    digest = hashlib.blake2b(repr(labels).encode(), digest_size=8)
+    for row in bins[["id", "hash", "quantity", "split"]].itertuples(index=False):
+        digest.update(f"{row.id} {row.hash} {row.quantity} {row.split}\n".encode())
+    return digest.hexdigest()
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    """Beside, then renamed: a reader never sees half a table."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    if path.suffix == ".parquet":
+        table.to_parquet(beside, index=False)
+    else:
+        table.to_csv(beside, index=False)
+    beside.replace(path)
+
+
+def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

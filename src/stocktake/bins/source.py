@@ -1,0 +1,128 @@
+"""Where photos and records come from: a root in the public bucket's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from stocktake.errors import StocktakeError
+
+_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
+
+
+class Source(Protocol):
+    """A root. Another kind of storage is another class with these members."""
+
+    @property
+    def root(self) -> str:
+        """The root as a user would write it."""
+
+    def ids(self) -> list[str]:
+        """Every id with a photo or a record, sorted."""
+
+    def stamp(self, bin_id: str) -> str:
+        """Changes when the photo or the record does; cheap to ask."""
+
+    def photo(self, bin_id: str) -> bytes:
+        """The photo's bytes; FileNotFoundError when there is none."""
+
+    def record(self, bin_id: str) -> bytes:
+        """The record's bytes; FileNotFoundError when there is none."""
+
+
+class FolderSource:
+    """A folder with `bin-images/<id>.jpg` and `metadata/<id>.json`."""
+
+    def __init__(self, root: Path) -> None:
+        """Look the folder over once.
+
+        Raises:
+            StocktakeError: the folder or both of its parts are missing, or nothing is in them.
+        """
+        self._folder = root
+        if not root.is_dir():
+            raise StocktakeError(f"--root {root} is not a folder: give one that holds bin-images/ and metadata/")
+        try:
+            self._photos = dict(_stamps(root / "bin-images", ".jpg"))
+            self._records = dict(_stamps(root / "metadata", ".json"))
+        except OSError as error:
+            raise StocktakeError(f"--root {root} cannot be read: {error}") from None
+        if not self._photos and not self._records:
+            raise StocktakeError(
+                f"--root {root} holds no bins: photos belong in bin-images/<id>.jpg, records in metadata/<id>.json"
+            )
+
+    @property
+    def root(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def ids(self) -> list[str]:
+        """Every id with a photo or a record, sorted."""
+        return sorted(self._photos.keys() | self._records.keys())
+
+    def stamp(self, bin_id: str) -> str:
+        """Sizes and modification times of the two files."""
+        return f"{self._photos.get(bin_id)} {self._records.get(bin_id)}"
+
+    def photo(self, bin_id: str) -> bytes:
+        """The photo's bytes; FileNotFoundError when there is none."""
+        return (self._folder / "bin-images" / f"{bin_id}.jpg").read_bytes()
+
+    def record(self, bin_id: str) -> bytes:
+        """The record's bytes; FileNotFoundError when there is none."""
+        return (self._folder / "metadata" / f"{bin_id}.json").read_bytes()
+
+
+def open_source(root: str) -> Source:
+    """The source behind a root."""
+    if "://" in root:
+        raise StocktakeError(f"--root {root}: only folders can be read so far; copy the bins to a folder first")
+    return FolderSource(Path(root))
+
+
+def read_id_list(path: Path) -> list[str]:
+    """Ids of a list: {"1": ["data/metadata/100313.json", ...], ...}, or a plain JSON list of ids or paths.
+
+    Raises:
+        StocktakeError: the file is missing, is not such JSON, or names no id.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StocktakeError(f"--list {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise StocktakeError(f"--list {path} is not JSON: {error}") from None
+    classes = list(content.values()) if isinstance(content, dict) else [content]
+    if not all(isinstance(entries, list) and all(isinstance(e, str) for e in entries) for entries in classes):
+        raise StocktakeError(f'--list {path} must look like {{"1": ["data/metadata/100313.json", ...], ...}}')
+    ids = [Path(entry).stem for entries in classes for entry in entries]
+    strange = next((bin_id for bin_id in ids if not _ID.fullmatch(bin_id)), None)
+    if strange is not None:
+        raise StocktakeError(f"--list {path} holds {strange!r}, which is no id of a bin")
+    if not ids:
+        raise StocktakeError(f"--list {path} names no bin")
+    return sorted(set(ids))
+
+
+def source_key(root: str) -> str:
+    """A folder name for what is remembered about a root."""
+    place = root if "://" in root else str(Path(root).resolve())
+    name = re.sub(r"[^0-9A-Za-z]+", "-", Path(place).name).strip("-")[:40] or "root"
+    return f"{name}-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}"
+
+
+def _stamps(folder: Path, suffix: str) -> Iterator[tuple[str, str]]:
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem = entry.name.removesuffix(suffix)
+            if stem != entry.name and _ID.fullmatch(stem) and entry.is_file():
+                stat = entry.stat()
+                yield stem, f"{stat.st_size}:{stat.st_mtime_ns}"
