@@ -1,0 +1,126 @@
+"""The scores are scikit-learn's, whatever is absent, and follow from summed confusion matrices."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from sklearn import metrics as sk
+
+from stocktake.errors import StocktakeError
+from stocktake.evaluation.metrics import confusion_matrix, cross_entropy, per_class, positions, scores
+
+TASKS = st.sampled_from([tuple(range(6)), tuple(range(1, 6)), tuple(range(2, 8)), (3,), (0, 1), (5, 1, 9)])
+
+
+@st.composite
+def counted(draw: st.DrawFn) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """A task, recorded and counted quantities; classes are often absent from one or both."""
+    labels = draw(TASKS)
+    n = draw(st.integers(1, 40))
+    recorded = draw(st.lists(st.sampled_from(labels), min_size=1, max_size=3))
+    q = draw(st.lists(st.sampled_from(recorded), min_size=n, max_size=n))
+    p = draw(st.lists(st.sampled_from(labels), min_size=n, max_size=n))
+    return labels, np.array(q), np.array(p)
+
+
+@pytest.mark.filterwarnings("ignore:A single label")
+@given(counted())
+def test_equal_to_scikit_learn(case):
+    labels, q, p = case
+    confusion = confusion_matrix(labels, q, p)
+    assert_array_equal(confusion, sk.confusion_matrix(q, p, labels=labels))
+    ours = scores(confusion, labels)
+    options = {"labels": labels, "average": "macro", "zero_division": 0}
+    assert ours["accuracy"] == pytest.approx(sk.accuracy_score(q, p))
+    assert ours["macro_f1"] == pytest.approx(sk.f1_score(q, p, **options))
+    assert ours["macro_precision"] == pytest.approx(sk.precision_score(q, p, **options))
+    assert ours["macro_recall"] == pytest.approx(sk.recall_score(q, p, **options))
+    assert ours["rmse"] == pytest.approx(math.sqrt(sk.mean_squared_error(q, p)))
+    assert ours["mae"] == pytest.approx(sk.mean_absolute_error(q, p))
+    assert ours["within_1"] == pytest.approx(np.mean(abs(q - p) <= 1))
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(q, p, labels=labels, zero_division=0)
+    assert_allclose([ours[f"recall_{label}"] for label in labels], recall)
+    table = per_class(confusion)
+    assert_allclose(table["precision"], precision)
+    assert_allclose(table["recall"], recall)
+    assert_allclose(table["f1"], f1)
+    assert all(isinstance(value, float) for value in ours.values())
+
+
+@given(counted(), st.integers(1, 5))
+def test_matrices_of_parts_sum_to_the_whole(case, parts):
+    labels, q, p = case
+    matrices = [
+        confusion_matrix(labels, a, b) for a, b in zip(np.array_split(q, parts), np.array_split(p, parts), strict=True)
+    ]
+    assert scores(np.sum(matrices, axis=0), labels) == scores(confusion_matrix(labels, q, p), labels)
+
+
+def test_many_matrices_are_scored_at_once():
+    rng = np.random.default_rng(0)
+    labels = (2, 3, 4)
+    many = rng.integers(0, 9, (4, 5, 3, 3))
+    together = scores(many, labels)
+    for index in np.ndindex(4, 5):
+        alone = scores(many[index], labels)
+        for name, value in alone.items():
+            assert together[name].shape == (4, 5)
+            assert together[name][index] == pytest.approx(value)
+
+
+def test_published_matrix():
+    """The matrix and the scores that a published run on 1,049 test bins printed."""
+    confusion = np.array(
+        [[42, 59, 18, 4, 1], [14, 87, 105, 20, 5], [9, 75, 119, 50, 15], [5, 36, 106, 65, 26], [4, 27, 81, 53, 23]]
+    )
+    ours = scores(confusion, range(1, 6))
+    assert ours["accuracy"] == pytest.approx(0.320305, abs=5e-7)
+    assert ours["macro_f1"] == pytest.approx(0.316838, abs=5e-7)
+    assert ours["macro_precision"] == pytest.approx(0.363682, abs=5e-7)
+    assert ours["macro_recall"] == pytest.approx(0.310963, abs=5e-7)
+
+
+def test_no_bins_have_no_score():
+    assert all(math.isnan(value) for value in scores(np.zeros((2, 2)), (0, 1)).values())
+
+
+def test_quantity_outside_of_the_task_is_an_error_that_names_it():
+    with pytest.raises(StocktakeError, match=r"quantity 7 is none of the labels 1, 2"):
+        confusion_matrix((1, 2), np.array([1, 2]), np.array([1, 7]))
+    with pytest.raises(StocktakeError, match="quantity 0"):
+        positions((1, 2), np.array([0]))
+
+
+def test_arguments_that_do_not_fit():
+    with pytest.raises(ValueError, match="as many"):
+        confusion_matrix((1, 2), np.array([1, 2]), np.array([1]))
+    with pytest.raises(ValueError, match="distinct"):
+        confusion_matrix((1, 1), np.array([1]), np.array([1]))
+    with pytest.raises(ValueError, match="2 by 2"):
+        scores(np.zeros((3, 3)), (1, 2))
+    with pytest.raises(ValueError, match="shape"):
+        cross_entropy(np.ones((2, 3)) / 3, np.array([1, 2]), (1, 2))
+
+
+@given(st.integers(0, 1000), TASKS)
+def test_cross_entropy_is_log_loss(seed, labels):
+    rng = np.random.default_rng(seed)
+    q = rng.choice(labels, 20)
+    probabilities = rng.dirichlet(np.ones(len(labels)), 20)
+    chosen = probabilities[np.arange(20), positions(labels, q)]
+    assert cross_entropy(probabilities, q, labels) == pytest.approx(-np.log(chosen).mean())
+    if len(labels) > 1:
+        ascending = np.argsort(labels)  # log_loss sorts its labels
+        reference = sk.log_loss(q, probabilities[:, ascending], labels=sorted(labels))
+        assert cross_entropy(probabilities, q, labels) == pytest.approx(reference)
+
+
+def test_a_certain_mistake_costs_much_but_not_infinitely():
+    loss = cross_entropy(np.array([[1.0, 0.0]]), np.array([2]), (1, 2))
+    assert 36 < loss < 37
+    assert math.isnan(cross_entropy(np.zeros((0, 2)), np.array([], dtype=int), (1, 2)))
