@@ -1,0 +1,1 @@
+"""Runs on disk first, then mirrored to MLflow; the registry; the leaderboard."""

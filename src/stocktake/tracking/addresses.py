@@ -1,0 +1,87 @@
+"""Which store a run goes to, and how an address is shown without the secrets in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from stocktake.config import TrackingConfig
+from stocktake.errors import StocktakeError
+
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+_SECRET_QUERY = re.compile(r"(?i)([?&;](?:password|passwd|pwd|token|api_?key|secret|sig)=)[^&;\s]+")
+_SQLITE = "sqlite:///"
+
+
+def redact(text: str) -> str:
+    """The text with user names, passwords and tokens inside any URI replaced by `***`."""
+    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
+
+
+def without_credentials(uri: str) -> str:
+    """The URI as it may be kept on disk: without user name, password and tokens.
+
+    What is left can be used with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    """
+    return re.sub(_SECRET_QUERY, "", re.sub(_USERINFO, "", uri))
+
+
+def is_http(uri: str) -> bool:
+    """Whether a server stands behind the URI."""
+    return uri.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where runs and registered models live: absolute URIs, credentials included."""
+
+    tracking: str
+    registry: str
+
+
+def resolve(tracking: TrackingConfig) -> Stores:
+    """The stores of a config: its own, else the environment's, else mlflow.db in the current folder.
+
+    Raises StocktakeError for a URI of a form that no store can have.
+    """
+    uri = given_uri(tracking) or _SQLITE + str(Path.cwd() / "mlflow.db")
+    registry = tracking.registry_uri or os.environ.get("MLFLOW_REGISTRY_URI") or uri
+    # Both are set explicitly even where they agree: MLflow deadlocked in evaluation otherwise.
+    return Stores(tracking=absolute(uri), registry=absolute(registry))
+
+
+def given_uri(tracking: TrackingConfig) -> str | None:
+    """The tracking URI that somebody asked for, as asked; None where the default applies."""
+    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def absolute(uri: str) -> str:
+    """The URI with a relative SQLite file or folder made absolute from the current folder."""
+    if uri.startswith(_SQLITE):
+        path, mark, query = uri.removeprefix(_SQLITE).partition("?")
+        if path in ("", ":memory:"):
+            raise StocktakeError(f"{uri} keeps nothing: give the database a file, as in sqlite:///mlflow.db")
+        return _SQLITE + str(_from_here(path)) + mark + query
+    if uri.startswith("file:"):
+        return _from_here(re.sub("^file:(//(localhost)?)?", "", uri)).as_uri()
+    scheme = urlsplit(uri).scheme
+    if not scheme and uri != "databricks":
+        return _from_here(uri).as_uri()
+    if is_http(uri) and not urlsplit(uri).hostname:
+        raise StocktakeError(f"{redact(uri)} names no host: correct --tracking.uri, as in http://localhost:5000")
+    return uri.rstrip("/") if is_http(uri) else uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of an absolute SQLite URI; None for any other store."""
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(uri.removeprefix(_SQLITE).partition("?")[0])
+
+
+def _from_here(path: str) -> Path:
+    # normpath, not resolve: a link stays the path that its owner knows
+    return Path(os.path.normpath(Path.cwd() / Path(path).expanduser()))
