@@ -68,7 +68,7 @@ def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 def headline(figure: Figure, text: str) -> None:
     """Head a figure with bold text on the left, broken into lines that fit its width."""
-    lines = textwrap.wrap(text, width=max(12, int(figure.get_figwidth() * 7.5))) or [""]
+    lines = textwrap.wrap(text, width=max(12, int(figure.get_figwidth() * 8.5))) or [""]
     title = figure.suptitle("\n".join(lines), x=0.015, ha="left", fontsize=13, color=INK, fontweight="bold")
     title.set_parse_math(False)  # a name may hold a dollar sign
 
