@@ -26,12 +26,6 @@ _T = TypeVar("_T")
 
 FOLDER_TAG = "stocktake.folder"
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits
-_EXPERIMENT_TAGS = {
-    # What the experiment page opens with: the view for training runs, and the metric it is judged by
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.experiment.primaryMetric.name": "val/macro_f1",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-}
 
 
 class MirrorError(Exception):
@@ -89,6 +83,8 @@ def ensure_experiment(connection: Connection, name: str) -> str:
     """The id of the experiment, which is created if it is missing. StocktakeError if it was deleted."""
     from mlflow.exceptions import MlflowException
 
+    from stocktake.tracking.leaderboard import show_in_mlflow
+
     client = connection.client
     experiment: Experiment | None = client.get_experiment_by_name(name)
     if experiment is None:
@@ -100,8 +96,7 @@ def ensure_experiment(connection: Connection, name: str) -> str:
                 raise
             experiment = client.get_experiment_by_name(name)
         else:
-            for key, value in _EXPERIMENT_TAGS.items():
-                client.set_experiment_tag(created, key, value)
+            show_in_mlflow(client, created)
             return str(created)
     if experiment is None or experiment.lifecycle_stage == "deleted":
         raise StocktakeError(
