@@ -1,0 +1,1 @@
+"""Floor 4: from photo bytes to a count."""

@@ -1,0 +1,53 @@
+"""Saving and loading any model: weights as safetensors, the rest as JSON. No pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from stocktake.errors import StocktakeError
+from stocktake.models.classical import PcaSvmModel
+from stocktake.models.counting_model import CountingModel, ModelSpec
+from stocktake.models.majority import MajorityModel
+from stocktake.models.network import NetworkModel
+
+WEIGHTS = "model.safetensors"
+SPEC = "model.json"
+_KINDS: dict[str, type[CountingModel]] = {
+    "majority": MajorityModel,
+    "pca_svm": PcaSvmModel,
+    "network": NetworkModel,
+}
+
+
+def save_model(model: CountingModel, folder: Path) -> None:
+    """Write model.safetensors and model.json; each beside and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous().cpu() for key, value in model.state_dict().items()}, folder / f"{WEIGHTS}.part")
+    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
+    (folder / f"{SPEC}.part").write_text(json.dumps(model.spec.to_json(), indent=2))
+    (folder / f"{SPEC}.part").replace(folder / SPEC)
+
+
+def load_model(folder: Path) -> CountingModel:
+    """The model of a folder, ready to evaluate.
+
+    Raises:
+        StocktakeError: the folder holds no model, or a damaged one.
+    """
+    try:
+        content = json.loads((folder / SPEC).read_text())
+        spec = ModelSpec(
+            kind=content["kind"],
+            labels=tuple(content["labels"]),
+            image_size=int(content["image_size"]),
+            options=dict(content["options"]),
+        )
+        model = _KINDS[spec.kind](spec)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise StocktakeError(f"{folder} holds no model that can be loaded: {error}") from None
+    return model.eval()

@@ -1,0 +1,94 @@
+"""Benchmark B: features of a frozen backbone, extracted once, and a linear head on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stocktake.bins.array_cache import ArrayCache
+from stocktake.models.network import NetworkModel
+from stocktake.models.precision import Precision
+from stocktake.progress import progress
+
+_CHUNK = 512
+
+
+def extract_features(
+    model: NetworkModel,
+    photos: ArrayCache,
+    hashes: Sequence[str],
+    *,
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+    workspace: Path,
+) -> tuple[npt.NDArray[np.float32], int]:
+    """Features (n, model.head.in_features) of photos, and how many of them had to be computed.
+
+    They are kept under the fingerprint of weights and preprocessing, by the photo's content: a second run does not
+    touch the backbone, and a killed one goes on where it was.
+    """
+    fingerprint = backbone_fingerprint(model, precision)
+    cache = ArrayCache(workspace / "cache" / f"features-{fingerprint}", (model.head.in_features,), "float32")
+    missing = cache.missing(hashes)
+    model.eval().to(device)
+    model.lay_out(precision.channels_last)
+    title = f"extracting features of {model.spec.options['backbone']}"
+    with progress(title, len(missing)) as advance, torch.inference_mode(), precision.autocast(device):
+        for begin in range(0, len(missing), _CHUNK):
+            found: dict[str, npt.NDArray[np.float32]] = {}
+            chunk = missing[begin : begin + _CHUNK]
+            for start in range(0, len(chunk), batch_size):
+                keys = chunk[start : start + batch_size]
+                given = model.features(torch.from_numpy(photos.read(keys)).to(device)).float().cpu().numpy()
+                found |= dict(zip(keys, given, strict=True))
+                advance(len(keys))
+            cache.add(found)
+    return cache.read(hashes), len(missing)
+
+
+def backbone_fingerprint(model: NetworkModel, precision: Precision) -> str:
+    """Of the weights, the photo's size and scale, and the number format."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(f"{model.spec.options['backbone']} {model.spec.image_size} {precision.dtype}".encode())
+    tensors = {**model.backbone.state_dict(), "mean": model.mean, "std": model.std}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fit_head(
+    model: NetworkModel,
+    features: npt.NDArray[np.float32],
+    quantities: npt.NDArray[np.integer],
+    *,
+    c: float,
+    balanced: bool,
+) -> None:
+    """Fit the model's linear head by logistic regression on standardised features (n, d).
+
+    Args:
+        model: its head is filled; the standardisation is folded into it.
+        features: of the training split.
+        quantities: (n,), each of model.spec.labels present.
+        c: inverse strength of the L2 penalty.
+        balanced: weigh classes by the inverse of their frequency.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64) + 1e-6
+    fitted = LogisticRegression(C=c, class_weight="balanced" if balanced else None, max_iter=200, tol=1e-3).fit(
+        (features - mean) / std, quantities
+    )
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(model.spec.labels) == 2:  # one row for two classes: the second one's
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(weight / std))
+        model.head.bias.copy_(torch.from_numpy(bias - (weight / std) @ mean))

@@ -1,0 +1,66 @@
+"""The MLflow model: a frame with photo bytes in, quantity, confidence and probabilities out.
+
+Logged "from code": this file is the model's code, the exported folder is its only artifact. No pickle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.models.signature import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from stocktake.serving.counter import Counter
+
+COLUMN = "photo"
+REQUIREMENTS = ["mlflow", "numpy", "onnxruntime", "pandas", "pillow"]
+
+
+class CountingPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Counts the photos of a frame's `photo` column (bytes)."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the exported model."""
+        self._counter = Counter(Path(context.artifacts["counter"]))
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """A row a photo: quantity, confidence, probabilities (a list in the order of the labels)."""
+        del context, params
+        counts = self._counter.count([bytes(photo) for photo in model_input[COLUMN]])
+        return pd.DataFrame(
+            {
+                "quantity": [count.quantity for count in counts],
+                "confidence": [count.confidence for count in counts],
+                "probabilities": [list(count.probabilities.values()) for count in counts],
+            }
+        )
+
+
+def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
+    """Write the MLflow model of an exported folder.
+
+    Args:
+        exported: folder with counter.onnx and counter.json.
+        destination: the model folder to write; must not exist.
+        example: bytes of a photo, for the input example.
+    """
+    package = Path(__file__).parents[1]
+    signature = ModelSignature(inputs=Schema([ColSpec(DataType.binary, COLUMN)]))
+    mlflow.pyfunc.save_model(
+        str(destination),
+        python_model=__file__,
+        artifacts={"counter": str(exported)},
+        code_paths=[str(package)],
+        pip_requirements=REQUIREMENTS,
+        signature=signature,
+        input_example=None,
+    )
+    del example
+    return destination
+
+
+set_model(CountingPyfunc())

@@ -1,0 +1,152 @@
+"""One training: the Trainer with its callbacks, from a manifest to the best weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+
+from stocktake.bins.array_cache import ArrayCache
+from stocktake.bins.manifest import Manifest
+from stocktake.config import FinetuneConfig
+from stocktake.errors import StocktakeError
+from stocktake.models.network import NetworkModel
+from stocktake.models.precision import Precision
+from stocktake.progress import shown
+from stocktake.training.data import BinsDataModule
+from stocktake.training.module import NetworkModule
+
+MONITORED = "val/macro_f1"
+BEST, LAST = "best.ckpt", "last.ckpt"
+EpochFigures = Callable[[Mapping[str, float], int], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training found."""
+
+    best_epoch: int
+    """Counted from 1."""
+    epochs: int
+    """Epochs run, a resumed run's earlier ones included."""
+    best_val_macro_f1: float
+
+
+def fit(
+    model: NetworkModel,
+    manifest: Manifest,
+    photos: ArrayCache,
+    config: FinetuneConfig,
+    precision: Precision,
+    *,
+    checkpoints: Path,
+    on_epoch: EpochFigures,
+) -> Fitted:
+    """Train `model` in place and leave it at the weights of its best epoch on val.
+
+    Args:
+        model: with the weights to start from.
+        manifest: its train and val splits are used; test is not looked at.
+        photos: every photo of the two splits, prepared at the model's size.
+        config: epochs, rates, early stopping, ...
+        precision: what to compute in.
+        checkpoints: folder of best.ckpt and last.ckpt; a last.ckpt in it is gone on from.
+        on_epoch: told the epoch's figures and its number from 1.
+    """
+    counts = manifest.counts()["train"].tolist()
+    if config.batch_size < 2:
+        raise StocktakeError(f"--batch_size {config.batch_size}: batch normalisation needs at least 2 photos")
+    if sum(counts) < 2:
+        raise StocktakeError("the train split has fewer than 2 bins: add bins or change --split.fractions")
+    _quieten()
+    seed_everything(config.seed, workers=True, verbose=False)
+    workers = config.training.workers
+    if workers is None:
+        workers = max(1, (os.cpu_count() or 2) - 1) if torch.cuda.is_available() else 0
+    data = BinsDataModule(
+        manifest,
+        photos,
+        batch_size=config.batch_size,
+        augment=config.training.augment,
+        workers=workers,
+        seed=config.seed,
+    )
+    module = NetworkModule(model.lay_out(precision.channels_last), config, counts)
+    best = ModelCheckpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)
+    early = EarlyStopping(MONITORED, mode="max", patience=config.training.patience)
+    callbacks: list[Callback] = [EpochLine(on_epoch), early, best, last]
+    if shown():
+        callbacks.append(TQDMProgressBar(leave=False))
+    trainer = Trainer(
+        max_epochs=config.epochs,
+        max_steps=config.training.max_steps,
+        precision="bf16-mixed" if precision.dtype == "bf16" else "32-true",
+        accelerator="auto",
+        devices=1,
+        callbacks=callbacks,
+        gradient_clip_val=config.training.gradient_clip or None,
+        accumulate_grad_batches=config.training.accumulate,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=shown(),
+        use_distributed_sampler=False,  # the sampler of the data module knows its rank
+        default_root_dir=checkpoints,
+    )
+    resumed = checkpoints / LAST if (checkpoints / LAST).exists() else None
+    trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    state = torch.load(checkpoints / BEST, weights_only=True, map_location="cpu")
+    weights = {key: value for key, value in state["state_dict"].items() if key.startswith("model.")}
+    model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+    model.lay_out(True).eval()
+    return Fitted(
+        best_epoch=int(state["epoch"]) + 1,
+        epochs=int(trainer.current_epoch),
+        best_val_macro_f1=float(best.best_model_score or 0.0),
+    )
+
+
+class EpochLine(Callback):
+    """Prints an epoch's line in the first seed's form, from which a SageMaker tuner reads its objective."""
+
+    def __init__(self, on_epoch: EpochFigures) -> None:
+        self._on_epoch = on_epoch
+        self._started = time.monotonic()
+
+    def on_train_epoch_start(self, _trainer: Trainer, _module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print the line and hand the figures on."""
+        assert isinstance(module, NetworkModule)
+        train = module.figures("train_")
+        figures = {"train/loss": train["loss"], "train/accuracy": train["accuracy"]}
+        figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        figures["epoch_seconds"] = time.monotonic() - self._started
+        epoch = trainer.current_epoch + 1
+        print(
+            f"epoch={epoch} train_loss={figures['train/loss']:.6f} train_acc={figures['train/accuracy']:.6f} "
+            f"val_loss={figures['val/loss']:.6f} val_acc={figures['val/accuracy']:.6f} "
+            f"val_macro_f1={figures['val/macro_f1']:.6f} elapsed_sec={figures['epoch_seconds']:.2f}",
+            flush=True,
+        )
+        self._on_epoch(figures, epoch)
+
+
+def _quieten() -> None:
+    """Lightning's hints about loggers and loaders do not concern a user of the command line."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch\.jit)")

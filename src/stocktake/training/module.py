@@ -1,0 +1,122 @@
+"""The Lightning module: loss, optimizer, schedule, and figures that sum exactly over batches and processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from stocktake.config import FinetuneConfig
+from stocktake.evaluation.metrics import scores
+from stocktake.models.network import NetworkModel
+
+
+class NetworkModule(LightningModule):
+    """Trains a NetworkModel; logs the val/ figures once an epoch."""
+
+    def __init__(self, model: NetworkModel, config: FinetuneConfig, train_counts: list[int]) -> None:
+        """Train `model` as `config` says; train_counts: bins of each class in the training split."""
+        super().__init__()
+        self.model = model
+        self._config = config
+        classes = len(model.spec.labels)
+        weights = torch.ones(classes)
+        if config.training.class_weight == "balanced":
+            weights = sum(train_counts) / (classes * torch.tensor(train_counts, dtype=torch.float32))
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("smoothing", smoothed_targets(classes, config), persistent=False)
+        self.losses = nn.ModuleDict({split: MeanMetric() for split in ("train_", "val_")})
+        self.confusions = nn.ModuleDict({split: MulticlassConfusionMatrix(classes) for split in ("train_", "val_")})
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+        """The loss of a batch."""
+        photos, targets = batch
+        logits = self.model(photos)
+        # a soft target is the class's row of the smoothing table, weighed by the class
+        soft = self.get_buffer("smoothing")[targets]
+        weights = self.get_buffer("class_weights")[targets]
+        loss = -(soft * F.log_softmax(logits.float(), 1)).sum(1).mul(weights).sum() / weights.sum()
+        self._count("train_", F.cross_entropy(logits.detach().float(), targets), logits, targets)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
+        """Counts a batch."""
+        photos, targets = batch
+        logits = self.model(photos)
+        self._count("val_", F.cross_entropy(logits.float(), targets), logits, targets)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed what is random inside the network, and hold the backbone still while it is frozen."""
+        torch.manual_seed(int(np.random.SeedSequence((self._config.seed, self.current_epoch)).generate_state(1)[0]))
+        frozen = self.current_epoch < self._config.training.freeze_epochs
+        self.model.backbone.requires_grad_(not frozen).train(not frozen)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's validation figures."""
+        figures = self.figures("val_")
+        names = ("loss", "accuracy", "macro_f1", "rmse", "mae", "within_1")
+        self.log_dict({f"val/{name}": figures[name] for name in names}, sync_dist=False)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer and its schedule, stepped with every batch."""
+        config = self._config.training
+        groups = self._parameter_groups()
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=self._config.lr)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=self._config.lr, momentum=0.9, nesterov=True)
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        rates = [group["lr"] for group in optimizer.param_groups]
+        schedule: LRScheduler | None = None
+        if config.schedule == "one_cycle":
+            schedule = OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.25)
+        elif config.schedule == "cosine":
+            schedule = CosineAnnealingLR(optimizer, T_max=steps)
+        elif config.schedule == "step":
+            schedule = StepLR(optimizer, step_size=max(1, steps // 3), gamma=0.1)
+        found: dict[str, Any] = {"optimizer": optimizer}
+        return found | ({"lr_scheduler": {"scheduler": schedule, "interval": "step"}} if schedule else {})
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Head and backbone apart (the head learns faster), with and without decay (none on biases and norms)."""
+        groups = []
+        for part, factor in ((self.model.backbone, 1.0), (self.model.head, self._config.training.head_lr_factor)):
+            parameters = list(part.parameters())
+            for decays in (True, False):
+                chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
+                decay = self._config.weight_decay if decays else 0.0
+                groups.append({"params": chosen, "lr": self._config.lr * factor, "weight_decay": decay})
+        return groups
+
+    def _count(self, split: str, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        self.losses[split].update(loss, weight=len(targets))
+        self.confusions[split].update(logits.detach().argmax(1), targets)
+
+    def figures(self, split: str) -> dict[str, float]:
+        """Scores and loss of what was counted for `train_` or `val_`; counting starts anew."""
+        confusion = self.confusions[split].compute().cpu().numpy()
+        loss = float(self.losses[split].compute())
+        self.confusions[split].reset()
+        self.losses[split].reset()
+        found = {name: float(value) for name, value in scores(confusion, self.model.spec.labels).items()}
+        return found | {"loss": loss}
+
+
+def smoothed_targets(classes: int, config: FinetuneConfig) -> Tensor:
+    """(classes, classes): each class's target shares; rows sum to 1.
+
+    `label_smoothing` is spread over the other classes evenly, `ordinal_smoothing` over the neighbouring ones: a count
+    that is off by one is less wrong.
+    """
+    label, ordinal = config.training.label_smoothing, config.training.ordinal_smoothing
+    table = torch.eye(classes) * (1 - label - ordinal) + label * (1 - torch.eye(classes)) / (classes - 1)
+    near = torch.diag(torch.ones(classes - 1), 1) + torch.diag(torch.ones(classes - 1), -1)
+    return table + ordinal * near / near.sum(1, keepdim=True)
