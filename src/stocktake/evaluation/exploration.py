@@ -189,8 +189,10 @@ def sizes_figure(bins: pd.DataFrame) -> Figure:
     plain(right, "File sizes", "File size (kB)", "Photos")
     _grid(left, "both")
     _grid(right, "y")
-    low, high = others.quantile([0.05, 0.95]) if len(others) else (1.0, 1.0)
-    rest = f"; most others are {low:.1f} to {high:.1f} times as wide as high" if len(others) else ""
+    rest = ""
+    if len(others):
+        low, high = (f"{value:.1f}" for value in others.quantile([0.05, 0.95]))
+        rest = f"; most others are {low if low == high else f'{low} to {high}'} times as wide as high"
     headline(figure, f"{1 - len(others) / len(bins):.0%} of the photos are square{rest}")
     return figure
 
@@ -222,11 +224,12 @@ def twins_figure(sizes: pd.Series[int], changes: pd.Series[int]) -> Figure:
     left, right = figure.subplots(1, 2)
     colors = [PALE if size == 1 else BLUE for size in bins.index]
     left.bar(bins.index.to_numpy(), bins.to_numpy(), color=colors, edgecolor=GREY, linewidth=0.4, width=0.8)
+    left.set_xlim(0.3, max(3, int(bins.index.max())) + 0.7)
     left.locator_params(axis="x", integer=True)
     plain(left, "Bins by looks at them", "Looks at the same bin", "Bins")
     _whole_numbers(left)
     if changes.sum():
-        near = range(max(-5, int(changes.index.min())), min(5, int(changes.index.max())) + 1)
+        near = range(max(-5, min(-2, *changes.index)), min(5, max(2, *changes.index)) + 1)
         heights = 100 * changes.reindex(near, fill_value=0).to_numpy() / changes.sum()
         right.bar(near, heights, color=BLUE, width=0.75)
         for x, height in zip(near, heights, strict=True):
@@ -274,6 +277,8 @@ def nearest_figure(distance: NDArray[np.int64], same_group: NDArray[np.bool_], t
 
 def _histogram(axes: Axes, values: NDArray[Any], color: str, *, log: bool = False) -> None:
     """40 bins between the 0.5 and 99.5 percentiles; what lies outside is counted in the outermost bins."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     low, high = np.quantile(values, [0.005, 0.995])
     if not high > low:
         low, high = (low * 0.9, high * 1.1) if log else (low - 0.5, high + 0.5)
@@ -282,6 +287,9 @@ def _histogram(axes: Axes, values: NDArray[Any], color: str, *, log: bool = Fals
     axes.axvline(float(np.median(values)), color=ORANGE, linewidth=1.5)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     _whole_numbers(axes)
 
 

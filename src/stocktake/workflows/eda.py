@@ -309,13 +309,14 @@ class _Page:
     def table(self, table: pd.DataFrame) -> None:
         if table.empty:
             return
-        shown = table.copy()
+        words = "words" if "reason" in table else None
+        shown = table.rename_axis(columns=None)
         for column in shown.columns:
             if column == "share":
                 shown[column] = shown[column].map("{:.1%}".format)
             elif column != "quantity" and pd.api.types.is_numeric_dtype(shown[column]):
                 shown[column] = shown[column].map("{:,.0f}".format)
-        markup = shown.to_html(index=False, border=0, escape=True, justify="right")
+        markup = shown.to_html(index=False, border=0, escape=True, justify="inherit", classes=words)
         self.parts.append(f'<div class="table">{markup}</div>')
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -326,7 +327,7 @@ class _Page:
             "imbalance": f"{metrics['eda/imbalance_ratio']:.1f} : 1",
             "flagged": f"{metrics['eda/flagged_share']:.1%}",
             "set aside": f"{metrics['eda/set_aside']:,}",
-            "outside of the task": f"{metrics['eda/outside']:,}",
+            "outside task": f"{metrics['eda/outside']:,}",
         }
         cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles.items())
         content = _TEMPLATE.format(
@@ -362,12 +363,14 @@ dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)
 dl div {{ background: var(--tile); border-radius: 6px; padding: .6rem .8rem; }}
 dt {{ color: var(--soft); font-size: .82rem; }}
 dd {{ margin: 0; font-size: 1.3rem; font-variant-numeric: tabular-nums; }}
-figure {{ margin: 1.2rem 0; background: #fff; border-radius: 6px; padding: .6rem; }}
-img {{ display: block; max-width: 100%; height: auto; margin: 0 auto; }}
+figure {{ margin: 1.2rem 0; background: #fff; border-radius: 6px; padding: .6rem;
+  overflow-x: auto; }}
+img {{ display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 0 auto; }}
 .table {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }}
 th, td {{ padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }}
 th {{ color: var(--soft); font-weight: 600; }}
+.words th, .words td {{ text-align: left; overflow-wrap: anywhere; }}
 </style>
 </head>
 <body>
