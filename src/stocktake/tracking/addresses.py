@@ -60,9 +60,9 @@ def given_uri(tracking: TrackingConfig) -> str | None:
 
 def absolute(uri: str) -> str:
     """The URI with a relative SQLite file or folder made absolute from the current folder."""
-    if uri.startswith(_SQLITE):
+    if uri.startswith("sqlite:"):
         path, mark, query = uri.removeprefix(_SQLITE).partition("?")
-        if path in ("", ":memory:"):
+        if not uri.startswith(_SQLITE) or path in ("", ":memory:"):
             raise StocktakeError(f"{uri} keeps nothing: give the database a file, as in sqlite:///mlflow.db")
         return _SQLITE + str(_from_here(path)) + mark + query
     if uri.startswith("file:"):

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ PROBE_SECONDS = 3
 """How long a server may take to say that it is there, once it has failed."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds between attempts while a server is away
 
-_QUIET = ("urllib3.connectionpool", "alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store")
+_QUIET = (
+    "alembic",
+    "mlflow.store.db.utils",
+    "mlflow.store.model_registry.abstract_store",
+    "mlflow.tracking.request_header.registry",  # sagemaker's plugin complains in every request to a server
+    "urllib3.connectionpool",
+)
 
 
 class Connection:
@@ -51,12 +57,12 @@ class Connection:
         if self._client is None:
             import mlflow
 
-            with self.bounded():
+            with self.bounded(), _alone_with(self.stores):
                 mlflow.set_registry_uri(self.stores.registry)
                 mlflow.set_tracking_uri(self.stores.tracking)
                 client = mlflow.MlflowClient(self.stores.tracking, self.stores.registry)
-                for uri in {self.stores.tracking, self.stores.registry}:
-                    _lay_out(client, uri)
+                if sqlite_file(self.stores.registry):
+                    client.search_registered_models(max_results=1)  # opens it, as the client opened the other
             self._client = client
         return self._client
 
@@ -65,9 +71,9 @@ class Connection:
 
         Raises StocktakeError, within about 10 seconds, naming the URI and the ways out.
         """
-        ways_out = "start it, correct --tracking.uri, or pass --tracking.offline true and run `stocktake sync` later"
+        ways_out = "correct --tracking.uri, or pass --tracking.offline true and run `stocktake sync` later"
         if (trouble := self.trouble(timeout=5)) is not None:
-            raise StocktakeError(f"the tracking server {self.shown} does not answer ({trouble}): {ways_out}")
+            raise StocktakeError(f"the tracking server {self.shown} does not answer ({trouble}): start it, {ways_out}")
         try:
             with self.bounded():
                 self.client.search_experiments(max_results=1)
@@ -167,12 +173,12 @@ def _cause(error: BaseException) -> str:
     return brief(inner)
 
 
-def _lay_out(client: Any, uri: str) -> None:
-    """Touch a SQLite store alone: two processes that create its tables at once break each other."""
-    database = sqlite_file(uri)
-    if database is None:
-        return
-    name = hashlib.sha256(str(database).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"stocktake-{os.getuid()}-{name}.lock"):
-        client.search_experiments(max_results=1)
-        client.search_registered_models(max_results=1)
+@contextmanager
+def _alone_with(stores: Stores) -> Iterator[None]:
+    """No other process opens these SQLite files meanwhile: two that lay out a fresh one at once break each other."""
+    databases = {sqlite_file(uri) for uri in (stores.tracking, stores.registry)} - {None}
+    with ExitStack() as stack:
+        for database in sorted(map(str, databases)):
+            name = hashlib.sha256(database.encode()).hexdigest()[:16]
+            stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"stocktake-{os.getuid()}-{name}.lock"))
+        yield

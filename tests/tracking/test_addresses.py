@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stocktake.config import TrackingConfig
+from stocktake.errors import StocktakeError
+from stocktake.tracking.addresses import absolute, redact, resolve, without_credentials
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://ann:s3cret@host:5000/x", "http://***@host:5000/x"),
+        ("cannot reach postgresql://ann:s3cret@db/runs today", "cannot reach postgresql://***@db/runs today"),
+        ("https://host/?token=s3cret&a=1", "https://host/?token=***&a=1"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+    ],
+)
+def test_secrets_are_not_shown(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+def test_an_address_is_kept_without_its_credentials() -> None:
+    assert without_credentials("https://ann:s3cret@host:5000/mlflow") == "https://host:5000/mlflow"
+
+
+def test_the_default_store_is_in_the_current_folder(tmp_path: Path) -> None:
+    stores = resolve(TrackingConfig())
+    assert stores.tracking == stores.registry == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_the_config_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment:5000")
+    assert resolve(TrackingConfig()).tracking == "http://environment:5000"
+    stores = resolve(TrackingConfig(uri="http://option:5000/"))
+    assert stores.tracking == stores.registry == "http://option:5000"
+
+
+def test_relative_addresses_become_absolute(tmp_path: Path) -> None:
+    assert absolute("sqlite:///runs/x.db") == f"sqlite:///{tmp_path}/runs/x.db"
+    assert absolute("runs") == f"file://{tmp_path}/runs"
+    assert absolute("file:runs") == f"file://{tmp_path}/runs"
+    assert absolute("file:///runs") == "file:///runs"
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "http://", "http://:5000"])
+def test_an_address_of_nothing_is_refused(uri: str) -> None:
+    with pytest.raises(StocktakeError):
+        absolute(uri)
