@@ -9,6 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stocktake.errors import StocktakeError
+
+
+def _bound(settings: object, name: str, *, least: float, most: float = float("inf"), option: str = "") -> None:
+    """Raises StocktakeError unless the field is within its bounds."""
+    value = getattr(settings, name)
+    if value is not None and not least <= value <= most:
+        reach = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
+        raise StocktakeError(f"--{option}{name} {value:g} must be {reach}")
+
 
 @dataclass
 class SplitConfig:
@@ -24,6 +34,9 @@ class SplitConfig:
     """Photos whose perceptual hashes differ in at most this many of 64 bits are looks at one bin. On real
     bins 4 finds near-identical photos, 8 already pairs different bins behind the same bands."""
 
+    def __post_init__(self) -> None:
+        _bound(self, "twin_distance", least=0, most=16, option="split.")
+
 
 @dataclass
 class SyntheticConfig:
@@ -35,6 +48,10 @@ class SyntheticConfig:
     """The same seed renders the same photos."""
     size: int = 224
     """Short side of a photo, in pixels."""
+
+    def __post_init__(self) -> None:
+        _bound(self, "count", least=1, most=1_000_000, option="synthetic.")
+        _bound(self, "size", least=32, most=1024, option="synthetic.")
 
 
 @dataclass
@@ -102,6 +119,9 @@ class ImageConfig(RunConfig):
     image_size: int = 128
     """Side of the square that a photo is resized to, in pixels."""
 
+    def __post_init__(self) -> None:
+        _bound(self, "image_size", least=8, most=2048)
+
 
 @dataclass
 class MajorityConfig(ImageConfig):
@@ -123,6 +143,13 @@ class PcaSvmConfig:
     max_train: int = 20_000
     """Fit on at most this many bins: training an SVM grows with their square."""
 
+    def __post_init__(self) -> None:
+        _bound(self, "pixels", least=1, most=256, option="classical.")
+        _bound(self, "components", least=1, option="classical.")
+        _bound(self, "c", least=1e-12, option="classical.")
+        _bound(self, "gamma", least=1e-12, option="classical.")
+        _bound(self, "max_train", least=10, option="classical.")
+
 
 @dataclass
 class ClassicalConfig(ImageConfig):
@@ -143,6 +170,10 @@ class NetworkConfig(ImageConfig):
     """Photos a step, over all processes."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: the fastest of precision and memory layout for this backbone on this processor, measured once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bound(self, "batch_size", least=1)
 
 
 @dataclass
@@ -193,6 +224,17 @@ class TrainingConfig:
     max_steps: int = -1
     """Stop after this many steps; -1: no limit. For quick looks."""
 
+    def __post_init__(self) -> None:
+        _bound(self, "head_lr_factor", least=1e-6, most=1e6, option="training.")
+        _bound(self, "freeze_epochs", least=0, most=1e6, option="training.")
+        _bound(self, "label_smoothing", least=0, most=0.9, option="training.")
+        _bound(self, "ordinal_smoothing", least=0, most=0.9, option="training.")
+        _bound(self, "patience", least=1, most=1e6, option="training.")
+        _bound(self, "gradient_clip", least=0, most=1e6, option="training.")
+        _bound(self, "accumulate", least=1, most=1e6, option="training.")
+        _bound(self, "workers", least=0, most=1024, option="training.")
+        _bound(self, "max_steps", least=-1, most=1e12, option="training.")
+
 
 @dataclass
 class FinetuneConfig(NetworkConfig):
@@ -207,6 +249,12 @@ class FinetuneConfig(NetworkConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     resume: str | None = None
     """Go on from this run folder's last checkpoint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bound(self, "epochs", least=1)
+        _bound(self, "lr", least=1e-12, most=100)
+        _bound(self, "weight_decay", least=0)
 
 
 @dataclass
@@ -232,6 +280,9 @@ class EvaluateConfig(RunConfig):
     """The split to evaluate on."""
     batch_size: int = 32
     """Photos a step."""
+
+    def __post_init__(self) -> None:
+        _bound(self, "batch_size", least=1)
 
 
 @dataclass

@@ -70,6 +70,11 @@ class Manifest:
         table = pd.crosstab(self.bins["quantity"], self.bins["split"])
         return table.reindex(index=list(self.labels), columns=list(SPLITS), fill_value=0)
 
+    def counted(self) -> list[tuple[Split, int, int]]:
+        """The same as (split, quantity, bins), one for each cell."""
+        counts = self.counts()
+        return [(split, label, int(n)) for split in SPLITS for label, n in zip(self.labels, counts[split], strict=True)]
+
     def require_train_classes(self) -> None:
         """Raises StocktakeError when a quantity has no bin to learn from, or a split has no bin at all."""
         counts = self.counts()

@@ -22,8 +22,8 @@ _DOWNLOAD_SECONDS = 20
 
 def backbone_names() -> list[str]:
     """Every name that `create_backbone` takes."""
-    from torchvision.models import list_models
     from torchvision import models
+    from torchvision.models import list_models
 
     return [LITE0, *list_models(module=models)]
 
@@ -78,7 +78,8 @@ def _create_classifier(name: str, image_size: int) -> nn.Module:
     if name == LITE0:
         import timm
 
-        return timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        lite0: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        return lite0
     from torchvision.models import get_model
 
     if name not in backbone_names():
@@ -91,7 +92,8 @@ def _create_classifier(name: str, image_size: int) -> nn.Module:
         options = {"aux_logits": False, "init_weights": False}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
-    return get_model(name, weights=None, **options)
+    network: nn.Module = get_model(name, weights=None, **options)
+    return network
 
 
 def _cut_last_layer(network: nn.Module, name: str) -> int:

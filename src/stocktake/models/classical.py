@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stocktake.bins.array_cache import ArrayCache
 from stocktake.config import PcaSvmConfig
 from stocktake.models.counting_model import CountingModel, ModelSpec
+
+_CHUNK = 512
 
 
 class PcaSvmModel(CountingModel):
@@ -64,22 +68,25 @@ def pooled_pixels(photos: Tensor, pixels: int) -> Tensor:
 
 def fit_pca_svm(
     labels: Sequence[int],
-    photos: npt.NDArray[np.uint8],
+    photos: ArrayCache,
+    hashes: Sequence[str],
     quantities: npt.NDArray[np.integer],
     config: PcaSvmConfig,
     seed: int,
 ) -> PcaSvmModel:
-    """Fit on photos (n, size, size, 3) and their quantities (n,).
+    """Fit on the photos with these content hashes and their quantities (n,).
 
     More than `config.max_train` photos are thinned out to a random choice of that many.
     """
     from sklearn.decomposition import PCA
     from sklearn.svm import SVC
 
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(len(photos))[: config.max_train])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(hashes))[: config.max_train])
     pixels = np.concatenate(
-        [pooled_pixels(torch.from_numpy(photos[part]), config.pixels).numpy() for part in np.array_split(chosen, 16)]
+        [
+            pooled_pixels(torch.from_numpy(photos.read([hashes[row] for row in part])), config.pixels).numpy()
+            for part in np.array_split(chosen, math.ceil(len(chosen) / _CHUNK))
+        ]
     )
     quantities = quantities[chosen]
     components = min(config.components, *pixels.shape)
@@ -89,7 +96,7 @@ def fit_pca_svm(
         pca.transform(pixels), quantities
     )
     options = {"pixels": config.pixels, "components": components, "support_vectors": len(machine.support_vectors_)}
-    model = PcaSvmModel(ModelSpec("pca_svm", tuple(labels), photos.shape[1], options))
+    model = PcaSvmModel(ModelSpec("pca_svm", tuple(labels), photos.shape[0], options))
     model.mean.copy_(torch.from_numpy(pca.mean_))
     model.whitening.copy_(torch.from_numpy(pca.components_ / np.sqrt(pca.explained_variance_)[:, None]))
     model.support.copy_(torch.from_numpy(machine.support_vectors_))

@@ -52,9 +52,13 @@ class NetworkModel(CountingModel):
         return self
 
 
-def create_network(labels: Sequence[int], image_size: int, backbone: str, weights: str) -> NetworkModel:
+def create_network(
+    labels: Sequence[int], image_size: int, backbone: str, weights: str, *, seed: int = 0
+) -> NetworkModel:
     """A network for these quantities with the given weights in its backbone and a fresh head."""
     spec = ModelSpec("network", tuple(labels), image_size, {"backbone": backbone})
-    model = NetworkModel(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = NetworkModel(spec)
     load_backbone_weights(model.backbone, backbone, weights)
     return model

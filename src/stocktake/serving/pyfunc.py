@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlflow
+import mlflow.pyfunc
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.models.signature import ModelSignature
+from mlflow.pyfunc import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
 
 from stocktake.serving.counter import Counter
@@ -20,7 +21,7 @@ COLUMN = "photo"
 REQUIREMENTS = ["mlflow", "numpy", "onnxruntime", "pandas", "pillow"]
 
 
-class CountingPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class CountingPyfunc(PythonModel):  # type: ignore[misc]
     """Counts the photos of a frame's `photo` column (bytes)."""
 
     def load_context(self, context: Any) -> None:

@@ -130,8 +130,9 @@ class EpochLine(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print the line and hand the figures on."""
-        assert isinstance(module, NetworkModule)
-        train = module.figures("train_")
+        if not isinstance(module, NetworkModule):
+            raise TypeError(f"{type(module).__name__} does not count what it is trained on")
+        train = module.train_figures()
         figures = {"train/loss": train["loss"], "train/accuracy": train["accuracy"]}
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         figures["epoch_seconds"] = time.monotonic() - self._started

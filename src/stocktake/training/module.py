@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
 from torchmetrics import MeanMetric
@@ -32,8 +32,8 @@ class NetworkModule(LightningModule):
             weights = sum(train_counts) / (classes * torch.tensor(train_counts, dtype=torch.float32))
         self.register_buffer("class_weights", weights, persistent=False)
         self.register_buffer("smoothing", smoothed_targets(classes, config), persistent=False)
-        self.losses = nn.ModuleDict({split: MeanMetric() for split in ("train_", "val_")})
-        self.confusions = nn.ModuleDict({split: MulticlassConfusionMatrix(classes) for split in ("train_", "val_")})
+        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
+        self.train_confusion, self.val_confusion = (MulticlassConfusionMatrix(classes) for _ in range(2))
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         """The loss of a batch."""
@@ -43,14 +43,16 @@ class NetworkModule(LightningModule):
         soft = self.get_buffer("smoothing")[targets]
         weights = self.get_buffer("class_weights")[targets]
         loss = -(soft * F.log_softmax(logits.float(), 1)).sum(1).mul(weights).sum() / weights.sum()
-        self._count("train_", F.cross_entropy(logits.detach().float(), targets), logits, targets)
+        self.train_loss.update(F.cross_entropy(logits.detach().float(), targets), weight=len(targets))
+        self.train_confusion.update(logits.detach().argmax(1), targets)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
         """Counts a batch."""
         photos, targets = batch
         logits = self.model(photos)
-        self._count("val_", F.cross_entropy(logits.float(), targets), logits, targets)
+        self.val_loss.update(F.cross_entropy(logits.float(), targets), weight=len(targets))
+        self.val_confusion.update(logits.argmax(1), targets)
 
     def on_train_epoch_start(self) -> None:
         """Seed what is random inside the network, and hold the backbone still while it is frozen."""
@@ -60,11 +62,11 @@ class NetworkModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's validation figures."""
-        figures = self.figures("val_")
+        figures = self._figures(self.val_loss, self.val_confusion)
         names = ("loss", "accuracy", "macro_f1", "rmse", "mae", "within_1")
         self.log_dict({f"val/{name}": figures[name] for name in names}, sync_dist=False)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, stepped with every batch."""
         config = self._config.training
         groups = self._parameter_groups()
@@ -96,16 +98,14 @@ class NetworkModule(LightningModule):
                 groups.append({"params": chosen, "lr": self._config.lr * factor, "weight_decay": decay})
         return groups
 
-    def _count(self, split: str, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        self.losses[split].update(loss, weight=len(targets))
-        self.confusions[split].update(logits.detach().argmax(1), targets)
+    def train_figures(self) -> dict[str, float]:
+        """Scores and loss of the epoch's training batches as they came by; counting starts anew."""
+        return self._figures(self.train_loss, self.train_confusion)
 
-    def figures(self, split: str) -> dict[str, float]:
-        """Scores and loss of what was counted for `train_` or `val_`; counting starts anew."""
-        confusion = self.confusions[split].compute().cpu().numpy()
-        loss = float(self.losses[split].compute())
-        self.confusions[split].reset()
-        self.losses[split].reset()
+    def _figures(self, losses: MeanMetric, confusions: MulticlassConfusionMatrix) -> dict[str, float]:
+        confusion, loss = confusions.compute().cpu().numpy(), float(losses.compute())
+        confusions.reset()
+        losses.reset()
         found = {name: float(value) for name, value in scores(confusion, self.model.spec.labels).items()}
         return found | {"loss": loss}
 

@@ -63,7 +63,7 @@ def compare(config: CompareConfig) -> pd.DataFrame:
         raise StocktakeError(
             f"cannot write the leaderboard into {folder}: {error.strerror}; choose --output"
         ) from error
-    _print(frame, config.tracking.experiment)
+    print_leaderboard(frame, config.tracking.experiment)
     print(f"written: {folder / 'leaderboard.html'} and leaderboard.csv" + (f"; in MLflow: {link}" if link else ""))
     return frame
 
@@ -74,8 +74,8 @@ def _write(path: Path, content: str) -> None:
     beside.replace(path)
 
 
-def _print(frame: pd.DataFrame, experiment: str) -> None:
-    """The columns that fit: what is the same in all rows is said once, below."""
+def print_leaderboard(frame: pd.DataFrame, experiment: str) -> None:
+    """On the terminal, the columns that fit: what is the same in all rows is said once, below."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -1,0 +1,230 @@
+"""`stocktake COMMAND`: one table from a command's name to its function, its config and its examples.
+
+MLproject's entry points bear the same names. A command's modules are imported when it runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from stocktake import __version__, config
+from stocktake.errors import StocktakeError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table."""
+
+    config: type
+    function: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = {
+    "ladder": Command(
+        config.LadderConfig,
+        "ladder:ladder",
+        (
+            "stocktake ladder",
+            "stocktake ladder --root ../bins --task 0-5 --epochs 12",
+            "stocktake ladder --experiment experiments/quick.yaml --rungs '[majority,frozen]'",
+        ),
+    ),
+    "data": Command(
+        config.DataConfig,
+        "data:data",
+        (
+            "stocktake data --root ../bins",
+            "stocktake data --root ../bins --split.fractions '[0.7,0.2,0.1]' --split.by id",
+            "stocktake data --root ../bins --list file_list.json --export imagefolder",
+        ),
+    ),
+    "eda": Command(config.EdaConfig, "eda:eda", ("stocktake eda --root ../bins --task 0-5",)),
+    "majority": Command(config.MajorityConfig, "majority:majority", ("stocktake majority --root ../bins",)),
+    "classical": Command(
+        config.ClassicalConfig,
+        "classical:classical",
+        ("stocktake classical --root ../bins --classical.components 120 --classical.c 10",),
+    ),
+    "frozen": Command(
+        config.FrozenConfig,
+        "frozen:frozen",
+        ("stocktake frozen --root ../bins --image_size 224", "stocktake frozen --backbone resnet50"),
+    ),
+    "finetune": Command(
+        config.FinetuneConfig,
+        "finetune:finetune",
+        (
+            "stocktake finetune --root ../bins --epochs 12 --lr 5e-4 --training.augment flip",
+            "stocktake finetune --backbone resnet34 --weights resnet34-b627a593.pth",
+            "stocktake finetune --root ../bins --resume workspace/runs/finetune-1a2b3c",
+        ),
+    ),
+    "evaluate": Command(
+        config.EvaluateConfig,
+        "evaluate:evaluate",
+        ("stocktake evaluate --model models:/stocktake@candidate --root ../bins --on test",),
+    ),
+    "compare": Command(
+        config.CompareConfig, "compare:compare", ("stocktake compare", "stocktake compare --stage finetune --best 10")
+    ),
+    "sync": Command(
+        config.SyncConfig, "sync:sync", ("stocktake sync", "stocktake sync --tracking.uri http://host:5000")
+    ),
+}
+ALIASES = {"main": "ladder"}
+_EXPERIMENT = "--experiment"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 when it did what it was asked, 2 when the user can mend what is wrong."""
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    # waiting threads that spin slow everything down as soon as another process wants the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        run(given)
+    except StocktakeError as error:
+        if debug:
+            raise
+        print(f"stocktake: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("stocktake: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def run(arguments: Sequence[str]) -> object:
+    """Parse and run; what the command's function returns.
+
+    Raises:
+        StocktakeError: no such command or option, or a value that does not fit.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return None
+    if arguments[0] == "--version":
+        print(f"stocktake {__version__}")
+        return None
+    name = ALIASES.get(arguments[0], arguments[0])
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], 1)
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        raise StocktakeError(f"{arguments[0]!r} is no command: {hint} (stocktake --help)")
+    settings = parse(name, arguments[1:])
+    module, _, function = COMMANDS[name].function.partition(":")
+    return getattr(importlib.import_module(f"stocktake.workflows.{module}"), function)(settings)
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """The config of a command from its arguments.
+
+    An option with an empty value counts as not given (that is how MLproject passes a parameter on that nobody set),
+    and the experiment comes first, so that the other options override it wherever they stand.
+
+    Raises:
+        StocktakeError: an unknown option or a value of the wrong type.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command = COMMANDS[name]
+    summary = (command.config.__doc__ or "").splitlines()[0]
+    examples = "\n".join(f"  {example}" for example in command.examples)
+    parser = ArgumentParser(
+        prog=f"stocktake {name}",
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        exit_on_error=False,
+        formatter_class=_help_formatter(),
+    )
+    parser.add_argument(_EXPERIMENT, action="config", help="YAML of settings, such as experiments/quick.yaml.")
+    parser.add_class_arguments(command.config, as_group=False)
+    words = _without_empty(arguments)
+    experiment = _take(words, _EXPERIMENT)
+    if experiment is not None:
+        words = [_EXPERIMENT, str(find_experiment(experiment)), *words]
+    from argparse import ArgumentError
+
+    try:
+        parsed = parser.parse_args(words)
+        settings = parser.instantiate_classes(parsed)
+    except ArgumentError as error:
+        reason = " ".join(str(error.message or error).split())
+        raise StocktakeError(f"{name}: {reason} (stocktake {name} --help)") from None
+    return command.config(**{key: value for key, value in vars(settings).items() if key != "experiment"})
+
+
+def find_experiment(given: str) -> Path:
+    """The file of an experiment: a path, or the name of a file in experiments/.
+
+    Raises:
+        StocktakeError: there is none.
+    """
+    candidates = [Path(given), Path("experiments") / given, Path("experiments") / f"{given}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    there = ", ".join(sorted(path.stem for path in Path("experiments").glob("*.yaml"))) or "none"
+    raise StocktakeError(f"--experiment {given}: no such file; in experiments/ there are: {there}")
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    lines = ["stocktake: count the items in a warehouse bin from one photo; find where the record is wrong.", ""]
+    lines += ["usage: stocktake COMMAND [--option value ...] [--debug]", "", "commands:"]
+    for name, command in COMMANDS.items():
+        aliases = "".join(f" (also: {alias})" for alias, target in ALIASES.items() if target == name)
+        lines.append(f"  {name:10} {(command.config.__doc__ or '').splitlines()[0]}{aliases}")
+    lines += ["", "examples:", *(f"  {command.examples[0]}" for command in COMMANDS.values())]
+    lines += ["", "stocktake COMMAND --help lists a command's options; --debug shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+def _without_empty(arguments: Sequence[str]) -> list[str]:
+    words: list[str] = []
+    for word in arguments:
+        if word == "" and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words.pop()
+        elif not (word.startswith("--") and word.endswith("=")):
+            words.append(word)
+    return words
+
+
+def _take(words: list[str], option: str) -> str | None:
+    """Remove an option from the words; its value, the last one if it is there more than once."""
+    value = None
+    index = 0
+    while index < len(words):
+        if words[index] == option and index + 1 < len(words):
+            value = words[index + 1]
+            del words[index : index + 2]
+        elif words[index].startswith(f"{option}="):
+            value = words.pop(index).partition("=")[2]
+        else:
+            index += 1
+    return value
+
+
+def _help_formatter() -> type:
+    """jsonargparse's help, with the examples left as they are written."""
+    import argparse
+
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return Formatter

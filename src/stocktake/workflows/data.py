@@ -1,0 +1,96 @@
+"""`stocktake data`: check every photo and record, group the looks, assign splits, write the manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from stocktake.bins.manifest import Manifest, build_manifest
+from stocktake.config import DataConfig
+from stocktake.errors import StocktakeError
+from stocktake.progress import progress
+
+_SHOWN = 10
+
+
+def data(config: DataConfig) -> dict[str, float]:
+    """Build the manifest and tell what is in it.
+
+    Returns:
+        Counts: bins, set_aside, outside, and one a split.
+    """
+    manifest = build_manifest(config)
+    counts = manifest.counts()
+    table = counts.assign(all=counts.sum(axis=1))
+    table.loc["all"] = table.sum()
+    print(f"bins of task {config.task} in {manifest.source.root}, by quantity and split ({config.split.by}):\n")
+    print(table.rename_axis(columns=None).to_string())
+    groups = manifest.bins["group"].nunique()
+    seen_again = manifest.bins["group"].duplicated(keep=False).mean()
+    print(f"\n{groups} groups of looks; {seen_again:.0%} of the bins are seen again")
+    print(f"{manifest.outside} bins have another quantity and are left out")
+    for split, label, n in manifest.counted():
+        if n == 0:
+            print(f"warning: no bin with quantity {label} in {split}")
+    flagged = manifest.bins["flags"].explode().value_counts()
+    if len(flagged):
+        print("flags: " + ", ".join(f"{name!s} {n}" for name, n in flagged.items()))
+    if len(manifest.set_aside):
+        print(f"{len(manifest.set_aside)} bins set aside, listed in {manifest.folder / 'set-aside.csv'}:")
+        shown = manifest.set_aside.head(_SHOWN)
+        for bin_id, file, reason in zip(shown["id"], shown["file"], shown["reason"], strict=True):
+            print(f"  {file or bin_id}: {reason}")
+        if len(manifest.set_aside) > _SHOWN:
+            print(f"  ... and {len(manifest.set_aside) - _SHOWN} more")
+    print(f"manifest: {manifest.folder / 'manifest.parquet'} (data fingerprint {manifest.fingerprint})")
+    if config.export:
+        export_image_folder(manifest, Path(config.export))
+        print(f"ImageFolder tree: {config.export}")
+    return {
+        "bins": float(len(manifest.bins)),
+        "set_aside": float(len(manifest.set_aside)),
+        "outside": float(manifest.outside),
+        **{str(split): float(n) for split, n in counts.sum().items()},
+    }
+
+
+def export_image_folder(manifest: Manifest, folder: Path) -> None:
+    """Write `train/1/<id>.jpg`, ... as hard links where the root is on the same disk, else as copies.
+
+    Photos of an earlier export that are no longer in their place are removed; other files are not touched.
+
+    Raises:
+        StocktakeError: the folder cannot be written, or holds something else.
+    """
+    columns = (manifest.bins[name].astype(str) for name in ("split", "quantity", "id"))
+    wanted = {
+        folder / split / quantity / f"{bin_id}.jpg": bin_id for split, quantity, bin_id in zip(*columns, strict=True)
+    }
+    marker = folder / ".stocktake-export"
+    try:
+        if folder.exists() and any(folder.iterdir()) and not marker.exists():
+            raise StocktakeError(f"--export {folder} holds other files: give an empty or a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        for old in folder.glob("*/*/*.jpg"):
+            if old not in wanted:
+                old.unlink()
+        for parent in {path.parent for path in wanted}:
+            parent.mkdir(parents=True, exist_ok=True)
+        with progress("exporting", len(wanted)) as advance:
+            for path, bin_id in wanted.items():
+                _place(Path(manifest.source.root) / "bin-images" / f"{bin_id}.jpg", path)
+                advance(1)
+    except OSError as error:
+        raise StocktakeError(f"--export {folder} cannot be written: {error.strerror} ({error.filename})") from None
+
+
+def _place(original: Path, path: Path) -> None:
+    beside = path.with_suffix(".part")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(original, beside)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(original, beside)
+    beside.replace(path)
