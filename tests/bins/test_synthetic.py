@@ -123,10 +123,9 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         make_synthetic_root(tmp_path / "root", CONFIG)
 
 
-@pytest.mark.parametrize("bad", [{"count": 0}, {"size": 8}, {"size": 5000}, {"seed": -1}])
-def test_a_config_that_cannot_be_drawn_is_refused(tmp_path: Path, bad: dict[str, int]) -> None:
-    with pytest.raises(StocktakeError, match=rf"synthetic\.{next(iter(bad))} is"):
-        make_synthetic_root(tmp_path / "root", SyntheticConfig(**bad))
+def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StocktakeError, match=r"synthetic\.seed -1"):
+        make_synthetic_root(tmp_path / "root", SyntheticConfig(seed=-1))
     assert not (tmp_path / "root").exists()
 
 
@@ -144,9 +143,9 @@ def test_photos_decode_in_the_real_sizes(root: Path) -> None:
         assert max(width, height) <= 1.8 * 224
 
 
-@pytest.mark.parametrize("size", [64, 512])
+@pytest.mark.parametrize("size", [32, 64, 512, 1024])
 def test_every_allowed_size_is_drawn(size: int) -> None:
-    for plan in islice(_plans(SyntheticConfig(size=size)), 15):
+    for plan in islice(_plans(SyntheticConfig(size=size)), 12):
         assert min(Image.open(io.BytesIO(_photo(plan))).size) == size
 
 

@@ -30,7 +30,7 @@ TILE = 1024  # side of the texture tiles, crops of which are pasted
 THREADS = 30  # in the widest elastic strip
 LABELS = _palette("3f3a5c d6844c cd5c50 d0948e 7c9cbe 5c5c64 56344e 6e5242")
 INKS = _palette(
-    "ac3028 26447e c8702c 346446 26262a 1e1e24 38383e d8d4ca dedcd4 e4e0d6 b4a044 62304e 4a8290 c08492 70706e"
+    "ac3028 26447e c8702c 346446 26262a 1e1e24 38383e bcb8ae c0beb6 c4c0b8 b4a044 62304e 4a8290 c08492 70706e"
 )
 WORDS = ("ULTRA", "CARE", "Vita", "Joy", "PRO", "Home", "SOFT", "Nature", "KIDS", "MAX", "Pure", "Sport", "LED", "GOLD")
 TEXT = np.array([[0.0] * 4, [0.9] * 4, [0.9] * 4, [0.0] * 4, [0.0] * 4])  # a bit of a line, unreadably small
@@ -111,7 +111,7 @@ class _Textures:
         self.noise = rng.standard_normal((TILE, TILE, 3), np.float32)
         colours = np.stack([_smooth(rng, 26) * 0.6 + _smooth(rng, 9) * 0.4 for _ in range(3)], -1)
         colours = 0.3 * colours + 0.7 * colours.mean(-1, keepdims=True)
-        self.art = Image.fromarray((np.clip(colours * 2.2 - 0.65, 0, 1) * 255).astype(np.uint8))
+        self.art = Image.fromarray((np.clip(colours * 2.2 - 0.65, 0, 0.75) * 255).astype(np.uint8))
         folds = np.maximum(*(1 - np.abs(_smooth(rng, cell) - 0.5) * 11 for cell in (11, 23)))
         self.crinkle = _grey(folds * (0.16 + 0.95 * _smooth(rng, 30)) + 0.2 * (_smooth(rng, 6) - 0.5))
         self.bands = [_band(rng) for _ in range(8)]
@@ -154,14 +154,14 @@ def _stamp(face: Image.Image, mask: Image.Image, colour: Colour, box: tuple[floa
 
 
 def _sticker(face: Image.Image, rng: Generator) -> None:
-    """The white shipping label with a bar code that most articles carry."""
+    """The white label with a bar code that every article gets on arrival: one size, whiter than any print."""
     width, height = face.size
-    wide, high = min(0.6, rng.uniform(24, 34) / width), min(0.4, rng.uniform(14, 20) / height)
-    x, y = rng.uniform(0.08, 0.92 - wide), rng.uniform(0.1, 0.9 - high)
+    wide, high = min(0.9, 30 / width), min(0.8, 17 / height)
+    x, y = rng.uniform(0.04, 0.96 - wide), rng.uniform(0.04, max(0.05, 0.5 - high))
     box = (x * width, y * height, (x + wide) * width, (y + high) * height)
-    ImageDraw.Draw(face).rectangle(box, fill=(232, 230, 224))
+    ImageDraw.Draw(face).rectangle(box, fill=(255, 255, 252))
     _stamp(
-        face, _one(rng, _textures().barcodes), (40, 40, 44), (x + wide * 0.1, y + high * 0.15, wide * 0.8, high * 0.5)
+        face, _one(rng, _textures().barcodes), (40, 40, 44), (x + wide * 0.1, y + high * 0.2, wide * 0.8, high * 0.4)
     )
 
 
@@ -183,7 +183,7 @@ def _printed(rng: Generator, width: int, height: int, base: Colour, ink: Colour)
     if rng.random() < 0.4:
         x, y, r = rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height, 0.2 * min(width, height)
         draw.ellipse((x - r, y - r, x + r, y + r), fill=_one(rng, INKS))
-    contrast, word = (240, 238, 230) if sum(base) < 330 else _tint(ink, 0.7), _one(rng, textures.words)
+    contrast, word = (196, 192, 184) if sum(base) < 330 else _tint(ink, 0.7), _one(rng, textures.words)
     if height > 1.8 * width:
         word = word.transpose(Image.Transpose.ROTATE_90)
         _stamp(face, word, contrast, (0.2, rng.uniform(0.05, 0.35), 0.6, 0.5))
@@ -205,7 +205,7 @@ def _cylinder(rng: Generator, width: int, height: int, base: Colour, ink: Colour
     body = Image.new("RGB", (width, height), base)
     ImageDraw.Draw(body).rectangle((0, 0, width, cap), fill=ink)
     top, bottom = int(shoulder + 0.08 * height), int(height * 0.92)
-    pale = (226, 220, 208) if rng.random() < 0.5 else _one(rng, INKS)
+    pale = (196, 190, 180) if rng.random() < 0.5 else _one(rng, INKS)
     body.paste(_printed(rng, width, max(4, bottom - top), pale, ink), (0, top))
     body.paste((12, 10, 8), (0, 0), _sized(_textures().round, width, height))
     body.putalpha(shape)
@@ -227,7 +227,7 @@ def _polybag(rng: Generator, width: int, height: int, base: Colour, ink: Colour)
         inner = _printed(rng, max(8, int(width * 0.6)), max(8, int(height * 0.6)), ink, base)
         body.paste(inner, (int(width * rng.uniform(0.15, 0.3)), int(height * rng.uniform(0.15, 0.3))))
     shine = ImageChops.multiply(_crop(textures.crinkle, rng, width, height), Image.new("L", (width, height), 190))
-    body.paste((226, 220, 210), (0, 0), shine)
+    body.paste((200, 196, 188), (0, 0), shine)
     body.putalpha(shape)
     return body
 
@@ -244,8 +244,7 @@ def _sprite(product: Product, width: int, height: int) -> Image.Image:
         face = _polybag(rng, width, height, base, ink)
     else:
         face = _printed(rng, width, height, base, ink)
-    if rng.random() < 0.95:
-        _sticker(face, rng)
+    _sticker(face, rng)
     if face.mode == "RGB":
         ImageDraw.Draw(face).rectangle((0, 0, width - 1, height - 1), outline=_tint(base, 0.6))
     return face
@@ -384,7 +383,7 @@ def expose(photo: Image.Image, rng: Generator) -> Image.Image:
     """Light and camera: the compartment's shade, vignetting, exposure, white balance, blur and noise."""
     textures = _textures()
     width, height = photo.size
-    if rng.random() < 0.07:
+    if rng.random() < 0.05:
         photo = photo.filter(ImageFilter.BoxBlur((rng.uniform(1.5, 5), rng.uniform(0, 0.6))))
     photo = photo.filter(ImageFilter.GaussianBlur(rng.uniform(0.25, 0.6)))
     x, y = (int(rng.integers(0, TILE - side + 1)) for side in (width, height))

@@ -113,10 +113,11 @@ def make_synthetic_root(
     draw). `progress` is told how many photos were written since it was last told.
 
     Raises:
-        StocktakeError: the folder holds something else, or the config asks for what cannot be drawn.
+        StocktakeError: the folder holds something else, or the seed is negative.
     """
     folder = Path(folder)
-    _check(config)
+    if config.seed < 0:
+        raise StocktakeError(f"--synthetic.seed {config.seed} must be at least 0")
     stamp = json.dumps({"renderer": RENDERER, "config": asdict(config)}, indent=1) + "\n"
     if _claim(folder, stamp):
         return folder
@@ -133,16 +134,6 @@ def make_synthetic_root(
     return folder
 
 
-def _check(config: SyntheticConfig) -> None:
-    for name, value, low, high in (
-        ("count", config.count, 1, 99_999),
-        ("size", config.size, 64, 512),
-        ("seed", config.seed, 0, 2**63),
-    ):
-        if not low <= value <= high:
-            raise StocktakeError(f"synthetic.{name} is {value}: choose a value from {low} to {high}")
-
-
 def _claim(folder: Path, stamp: str) -> bool:
     """Whether the folder is this very root, finished. If not, it is marked as this root, unfinished."""
     if folder.exists() and not folder.is_dir():
@@ -157,7 +148,7 @@ def _claim(folder: Path, stamp: str) -> bool:
             if marker.name == MARKER:
                 return True
     if not (folder / UNFINISHED).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(file.suffix != ".partial" for file in folder.iterdir()):
             raise StocktakeError(
                 f"{folder} is not empty and has no {MARKER}: name another folder for the synthetic bins, or empty it"
             )
@@ -172,7 +163,11 @@ def _write(path: Path, content: bytes) -> None:
     """Written beside and renamed, so that a file under its own name is whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    except FileNotFoundError:  # another process finished the same root, and swept
+        if not path.is_file():
+            raise
 
 
 def _is_whole(photo: Path) -> bool:
@@ -199,13 +194,11 @@ def _draw_all(folder: Path, plans: list[_Plan], workers: int | None, progress: C
         context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
         try:
             with ProcessPoolExecutor(min(workers, len(batches)), mp_context=context) as pool:
-                for written in pool.map(_draw_some, [folder] * len(batches), batches):
+                for written in pool.map(_draw_some, [folder] * len(batches), list(batches)):
+                    batches.pop(0)
                     progress(written)
-        except BrokenProcessPool:
-            raise StocktakeError(
-                f"a process that drew into {folder} was ended: call again, it goes on from there"
-            ) from None
-        return
+        except BrokenProcessPool:  # out of memory, or a script without a __main__ guard: go on in this process
+            pass
     for batch in batches:
         progress(_draw_some(folder, batch))
 
@@ -214,7 +207,8 @@ def _photo(plan: _Plan) -> bytes:
     """The plan's JPEG file. What stays the same at every look at a bin comes from the compartment's seed."""
     room = plan.compartment
     fixed, rng = default_rng(room.seed), default_rng(SeedSequence((*plan.seed, 1)))
-    view = rendering.place_camera(room, plan.size, fixed, rng)
+    drawn = min(512, max(64, plan.size))  # what the textures are made for
+    view = rendering.place_camera(room, drawn, fixed, rng)
     photo = rendering.draw_room(view, fixed)
     sprites: dict[str, Image.Image] = {}
     for pose in plan.poses:
@@ -223,8 +217,11 @@ def _photo(plan: _Plan) -> bytes:
     rendering.draw_bands(photo, view, fixed, rng)
     rendering.draw_label(photo, view, fixed, upper=True)
     rendering.draw_label(photo, view, fixed, upper=False)
+    photo = rendering.expose(photo, rng)
+    if drawn != plan.size:
+        photo = photo.resize((round(photo.width * plan.size / drawn), round(photo.height * plan.size / drawn)))
     file = io.BytesIO()
-    rendering.expose(photo, rng).save(file, "JPEG", quality=75 if room.square else 81)  # the public photos' own
+    photo.save(file, "JPEG", quality=75 if room.square else 81)  # the public photos' own
     return file.getvalue()
 
 
@@ -343,7 +340,7 @@ def _arrange(bin_: _Bin) -> tuple[Pose, ...]:
                 quirk = quirks[seed]
                 lean = (quirk[2] - 0.5) * 8 + (quirk[3] < 0.2) * (quirk[4] - 0.5) * 50
                 slack = (wide - product.width) * quirk[5]
-                flipped = bool(product.kind != "bottle" and quirk[6] < 0.3)
+                flipped = bool(product.kind != "bottle" and quirk[6] < 0.15)
                 poses.append(Pose(product, left + slack, lift, back + 0.12 * (quirk[7] - 0.5), lean, flipped))
                 lift += product.height * 0.97
             left += wide + (free / max(1, len(columns) - 1) if free < 0 else 0.0)
