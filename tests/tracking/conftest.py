@@ -87,8 +87,6 @@ def laid_out_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         from stocktake.tracking.connection import Connection
 
         Connection(Stores(f"sqlite:///{path}", f"sqlite:///{path}")).open()
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-            os.environ.pop(name, None)
     return path
 
 

@@ -117,3 +117,17 @@ def test_a_server_killed_under_a_run(
     assert sync(SyncConfig(workspace=str(WORKSPACE), tracking=TrackingConfig(uri=other)))["uploaded"] >= 1
     assert len(client.search_runs([experiment])) == 6
     assert client.get_run(stored["third"].info.run_id).data.tags["later"] == "yes"
+
+    # A password in the address goes nowhere but to the server.
+    secret = TrackingConfig(uri=server.uri.replace("//", "//ann:s3cret@"), system_metrics=False)
+    with (
+        pytest.raises(ValueError, match="s3cret"),
+        start_run(secret, workspace=Path("other"), name="a", tags={"tracking": str(secret.uri)}) as run,
+    ):
+        run.log_params({"tracking.uri": secret.uri})
+        raise ValueError(f"no {secret.uri}")
+    assert run.run_id is not None
+    captured = capsys.readouterr()
+    written = [path for root in (Path("other"), server.folder) for path in root.rglob("*") if path.is_file()]
+    assert not [path for path in written if b"s3cret" in path.read_bytes()]
+    assert "s3cret" not in captured.out + captured.err

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -29,8 +28,6 @@ def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
     if not laid_out.exists():
         uri = f"sqlite:///{laid_out}"
         Connection(Stores(uri, uri)).open()
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-            os.environ.pop(name, None)
     shutil.copy(laid_out, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
@@ -84,7 +81,7 @@ def test_only_one_stage_and_only_the_best() -> None:
 
 
 def test_nothing_to_compare_is_said() -> None:
-    with pytest.raises(StocktakeError, match="'stocktake'.*'Default'"):
+    with pytest.raises(StocktakeError, match=r"'stocktake'.*'Default'"):
         compare(CompareConfig())
     _run("a", "frozen", {"train/loss": 0.1})
     with pytest.raises(StocktakeError, match="no run"):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,8 +34,6 @@ def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
     if not laid_out.exists():
         uri = f"sqlite:///{laid_out}"
         Connection(Stores(uri, uri)).open()
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-            os.environ.pop(name, None)
     shutil.copy(laid_out, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
@@ -106,7 +103,8 @@ import os, signal
 from pathlib import Path
 from stocktake.config import TrackingConfig
 from stocktake.tracking.runs import start_run
-with start_run(TrackingConfig(offline=True, system_metrics=False), workspace=Path("workspace"), name="a", tags={}) as run:
+offline = TrackingConfig(offline=True, system_metrics=False)
+with start_run(offline, workspace=Path("workspace"), name="a", tags={}) as run:
     run.log_metrics({"a": 1.0})
     Path("ready").touch()
     signal.pause()
@@ -142,6 +140,20 @@ def test_one_broken_folder_does_not_stop_the_others(store: str, capsys: pytest.C
     assert "a-broken: not uploaded" in capsys.readouterr().out
     assert not RunFolder.open(parent).pending()
     assert not RunFolder.open(child).pending()
+
+
+def test_another_store_takes_a_child_with_its_parent(store: str, tmp_path: Path) -> None:
+    parent, child = _offline_runs()
+    sync(SyncConfig())
+    RunFolder.open(child).set_tags({"later": "yes"})
+    shutil.copy(tmp_path.parent / "laid-out.db", tmp_path / "other.db")
+    other = f"sqlite:///{tmp_path}/other.db"
+    assert sync(SyncConfig(tracking=TrackingConfig(uri=other)))["uploaded"] == 2
+    client = mlflow.MlflowClient(other)
+    runs = client.search_runs([client.get_experiment_by_name("stocktake").experiment_id])
+    nested = next(run for run in runs if run.info.run_name == "frozen")
+    assert nested.data.tags["mlflow.parentRunId"] == RunFolder.open(parent).state.upload.run_id
+    assert (nested.data.tags["later"], nested.data.metrics) == ("yes", {"val/macro_f1": 0.3})
 
 
 def test_a_server_that_is_away_is_named_without_its_password(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,9 +58,13 @@ def upload_backlog(runs: Path, tracking: TrackingConfig, say: Callable[[str], No
                 connection = connections[stores]
                 if isinstance(connection, StocktakeError):
                     raise connection
+                was_complete = not folder.pending()
                 done = upload(folder, connection)
                 if folder.state.end_ms is not None:
                     folder.write_result()
+                if was_complete and not done:
+                    counts["complete"] += 1
+                    continue
                 counts["uploaded"] += 1
                 say(f"{name}: uploaded {', '.join(done) or 'the run'} to {connection.shown} as {folder.state.status}")
             except (MirrorError, StocktakeError, OSError, ValueError) as error:

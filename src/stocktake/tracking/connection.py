@@ -57,7 +57,11 @@ class Connection:
         if self._client is None:
             import mlflow
 
-            with self.bounded(), _alone_with(self.stores):
+            with (
+                self.bounded(),
+                _alone_with(self.stores),
+                _environment_kept("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"),
+            ):
                 mlflow.set_registry_uri(self.stores.registry)
                 mlflow.set_tracking_uri(self.stores.tracking)
                 client = mlflow.MlflowClient(self.stores.tracking, self.stores.registry)
@@ -182,3 +186,17 @@ def _alone_with(stores: Stores) -> Iterator[None]:
             name = hashlib.sha256(database.encode()).hexdigest()[:16]
             stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"stocktake-{os.getuid()}-{name}.lock"))
         yield
+
+
+@contextmanager
+def _addresses_kept() -> Iterator[None]:
+    """MLflow puts the addresses into the environment, where the next command would take them for the user's."""
+    held = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    try:
+        yield
+    finally:
+        for name, value in held.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -221,8 +221,6 @@ def start_run(
         connection = None
         if not tracking.offline:
             connection = Connection(stores)
-            # MLflow puts the addresses into the environment; a later run reads its own.
-            stack.enter_context(_environment_kept("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"))
             connection.open()
         # Offline, the default store is left open: where the folder is uploaded from may be another machine.
         is_known = connection is not None or given_uri(tracking) is not None
@@ -330,19 +328,6 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextmanager
-def _environment_kept(*names: str) -> Iterator[None]:
-    held = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in held.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _context_tags(*, attached: bool = False) -> dict[str, str]:
