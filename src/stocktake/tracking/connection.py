@@ -60,7 +60,7 @@ class Connection:
             with (
                 self.bounded(),
                 _alone_with(self.stores),
-                _environment_kept("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"),
+                _addresses_kept(),
             ):
                 mlflow.set_registry_uri(self.stores.registry)
                 mlflow.set_tracking_uri(self.stores.tracking)
