@@ -5,6 +5,7 @@ Logged "from code": this file is the model's code, the exported folder is its on
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import mlflow.pyfunc
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.models.signature import ModelSignature
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
 
 from stocktake.serving.counter import Counter
@@ -21,7 +22,7 @@ COLUMN = "photo"
 REQUIREMENTS = ["mlflow", "numpy", "onnxruntime", "pandas", "pillow"]
 
 
-class CountingPyfunc(PythonModel):  # type: ignore[misc]
+class CountingPyfunc(PythonModel):
     """Counts the photos of a frame's `photo` column (bytes)."""
 
     def load_context(self, context: Any) -> None:
@@ -49,18 +50,16 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
         destination: the model folder to write; must not exist.
         example: bytes of a photo, for the input example.
     """
-    package = Path(__file__).parents[1]
-    signature = ModelSignature(inputs=Schema([ColSpec(DataType.binary, COLUMN)]))
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # it misses pip in an environment of uv's
     mlflow.pyfunc.save_model(
         str(destination),
         python_model=__file__,
         artifacts={"counter": str(exported)},
-        code_paths=[str(package)],
+        code_paths=[str(Path(__file__).parents[1])],
         pip_requirements=REQUIREMENTS,
-        signature=signature,
-        input_example=None,
+        signature=ModelSignature(inputs=Schema([ColSpec(DataType.binary, COLUMN)])),
+        input_example=pd.DataFrame({COLUMN: [example]}),
     )
-    del example
     return destination
 
 

@@ -1,0 +1,51 @@
+# stocktake: `make demo` shows what it does, `make test` proves it. Both set up their own environment first.
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format lock clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# uv of this machine, or one of our own in .uv
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.uv/bin:$(PATH)
+export MLFLOW_EXPERIMENT_NAME ?= stocktake
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet uv
+
+$(VENV)/ready: requirements.lock pyproject.toml | $(UV)
+	test -x $(BIN)/python || $(UV) venv --python 3.11 $(VENV)
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip sync --quiet requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --no-deps --editable .
+	touch $@
+
+setup: $(VENV)/ready ## make the environment in .venv from requirements.lock
+
+demo: setup ## train the ladder of models on synthetic bins and show the leaderboard
+	mlflow run . --env-manager=local
+
+test: setup lint ## lint and run all tests
+	python -m pytest
+
+lint: setup ## ruff, mypy, the import rule
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports --no-cache --verbose | tail -n 6
+
+format: setup ## format the code
+	ruff check --fix .
+	ruff format .
+
+lock: $(UV) ## pin every dependency anew, with hashes, for all platforms
+	$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --quiet --upgrade --output-file requirements.lock
+	digest=$$(python3 -c "import hashlib; print(hashlib.sha256(open('requirements.lock','rb').read()).hexdigest()[:16])") \
+		&& sed -i.bak "s/sha256 [0-9a-f]*/sha256 $$digest/" conda.yaml && rm conda.yaml.bak
+
+clean: ## remove the environment and everything that runs have written
+	rm -rf $(VENV) .uv workspace mlruns mlflow.db* .mypy_cache .ruff_cache .pytest_cache .hypothesis
