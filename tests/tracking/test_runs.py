@@ -15,7 +15,7 @@ import pytest
 
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.tracking.runs import DatasetRecord, NullRun, start_run
+from stocktake.tracking.runs import DatasetRecord, NullRun, Run, start_run
 
 QUIET = TrackingConfig(system_metrics=False)
 WORKSPACE = Path("workspace")
@@ -171,7 +171,7 @@ def test_system_metrics_appear_in_a_short_run(client: Any) -> None:
         assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(names)
 
 
-@pytest.mark.parametrize("answers", [False, True], ids=["refused", "silent"])
+@pytest.mark.parametrize("answers", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["refused", "silent"])
 def test_a_server_that_is_down_at_the_start_is_named(answers: bool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -201,7 +201,7 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 def test_the_null_run_has_all_that_a_run_has(tmp_path: Path, model_folder: Path) -> None:
-    run = NullRun(tmp_path / "nowhere")
+    run: Run = NullRun(tmp_path / "nowhere")
     run.log_params({"a": 1})
     run.set_tags({"a": 1})
     run.log_metrics({"a": 1.0})

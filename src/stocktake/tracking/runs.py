@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -54,6 +54,7 @@ class Run(Protocol):
     def log_dataset(self, record: DatasetRecord, context: str = "training") -> None: ...
     def log_model(self, local_folder: Path, name: str = "model") -> None: ...
     def flush(self) -> None: ...
+    def child(self, name: str, tags: Mapping[str, object]) -> AbstractContextManager[Run]: ...
 
 
 class TrackedRun:
