@@ -6,6 +6,7 @@ inherits the fields that it shares with others; the ladder's config is every run
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,8 +63,9 @@ class TrackingConfig:
     """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
     registry_uri: str | None = None
     """MLflow registry URI. Default: MLFLOW_REGISTRY_URI, else the tracking URI."""
-    experiment: str = "stocktake"
-    """MLflow experiment. A run that `mlflow run` opened stays in that run's experiment."""
+    experiment: str = field(default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME") or "stocktake")
+    """MLflow experiment. Default: MLFLOW_EXPERIMENT_NAME, else stocktake. A run that `mlflow run` opened
+    stays in that run's experiment."""
     run_name: str | None = None
     """Name of the run. Default: the command's name."""
     model_name: str = "stocktake"

@@ -6,6 +6,7 @@ Logged "from code": this file is the model's code, the exported folder is its on
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
         destination: the model folder to write; must not exist.
         example: bytes of a photo, for the input example.
     """
-    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # it misses pip in an environment of uv's
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for talkative in ("mlflow.utils.environment", "mlflow.pyfunc"):  # one misses pip in an environment of uv's
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     mlflow.pyfunc.save_model(
         str(destination),
         python_model=__file__,

@@ -93,6 +93,8 @@ def print_leaderboard(frame: pd.DataFrame, experiment: str) -> None:
         "n",
         "duration_s",
     ]
+    if (frame["run"] == frame["stage"]).all():
+        shown.remove("stage")
     console = Console(width=min(_WIDTH, Console().width) if Console().is_terminal else _WIDTH)
     table = Table(title=escape(experiment), title_justify="left", pad_edge=False, box=None, header_style="bold")
     for name in shown:
