@@ -34,7 +34,7 @@ def parse_record(data: bytes) -> Record:
         RecordError: not a JSON object, or EXPECTED_QUANTITY is no whole number from 0 up.
     """
     if len(data) > LARGEST_RECORD:
-        raise RecordError(f"record has {len(data)} bytes, more than {LARGEST_RECORD}")
+        raise RecordError(f"record has more than {LARGEST_RECORD} bytes")
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -54,7 +54,12 @@ def parse_record(data: bytes) -> Record:
         flags.append("record_disagrees")
     if quantity and not items:
         flags.append("no_items")
-    return Record(quantity, tuple(sorted(map(str, items))), tuple(flags))
+    return Record(quantity, tuple(sorted(map(_storable, items))), tuple(flags))
+
+
+def _storable(key: str) -> str:
+    """JSON can spell half of a character (a lone surrogate), which no file takes."""
+    return key.encode(errors="backslashreplace").decode()
 
 
 def _whole_number(value: object) -> int | None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from stocktake.bins.images import LARGEST_FILE
+from stocktake.bins.record import LARGEST_RECORD
 from stocktake.errors import StocktakeError
 
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
@@ -45,9 +47,9 @@ class FolderSource:
             StocktakeError: the folder or both of its parts are missing, or nothing is in them.
         """
         self._folder = root
-        if not root.is_dir():
-            raise StocktakeError(f"--root {root} is not a folder: give one that holds bin-images/ and metadata/")
         try:
+            if not root.is_dir():
+                raise StocktakeError(f"--root {root} is not a folder: give one that holds bin-images/ and metadata/")
             self._photos = dict(_stamps(root / "bin-images", ".jpg"))
             self._records = dict(_stamps(root / "metadata", ".json"))
         except OSError as error:
@@ -72,11 +74,11 @@ class FolderSource:
 
     def photo(self, bin_id: str) -> bytes:
         """The photo's bytes; FileNotFoundError when there is none."""
-        return (self._folder / "bin-images" / f"{bin_id}.jpg").read_bytes()
+        return _read(self._folder / "bin-images" / f"{bin_id}.jpg", LARGEST_FILE)
 
     def record(self, bin_id: str) -> bytes:
         """The record's bytes; FileNotFoundError when there is none."""
-        return (self._folder / "metadata" / f"{bin_id}.json").read_bytes()
+        return _read(self._folder / "metadata" / f"{bin_id}.json", LARGEST_RECORD)
 
 
 def open_source(root: str) -> Source:
@@ -96,18 +98,18 @@ def read_id_list(path: Path) -> list[str]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise StocktakeError(f"--list {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StocktakeError(f"--list {path} is not JSON: {error}") from None
     classes = list(content.values()) if isinstance(content, dict) else [content]
     if not all(isinstance(entries, list) and all(isinstance(e, str) for e in entries) for entries in classes):
         raise StocktakeError(f'--list {path} must look like {{"1": ["data/metadata/100313.json", ...], ...}}')
-    ids = [Path(entry).stem for entries in classes for entry in entries]
-    strange = next((bin_id for bin_id in ids if not _ID.fullmatch(bin_id)), None)
+    entries = [Path(entry) for entries in classes for entry in entries]
+    strange = next((str(entry) for entry in entries if not _ID.fullmatch(entry.stem) or ".." in entry.parts), None)
     if strange is not None:
         raise StocktakeError(f"--list {path} holds {strange!r}, which is no id of a bin")
-    if not ids:
+    if not entries:
         raise StocktakeError(f"--list {path} names no bin")
-    return sorted(set(ids))
+    return sorted({entry.stem for entry in entries})
 
 
 def source_key(root: str) -> str:
@@ -115,6 +117,12 @@ def source_key(root: str) -> str:
     place = root if "://" in root else str(Path(root).resolve())
     name = re.sub(r"[^0-9A-Za-z]+", "-", Path(place).name).strip("-")[:40] or "root"
     return f"{name}-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}"
+
+
+def _read(path: Path, most: int) -> bytes:
+    """The file, or one byte more than a good one has: whoever checks it sees that it is too large."""
+    with path.open("rb") as file:
+        return file.read(most + 1)
 
 
 def _stamps(folder: Path, suffix: str) -> Iterator[tuple[str, str]]:

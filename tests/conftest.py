@@ -1,0 +1,82 @@
+"""Small roots in the public bucket's layout: distinct photos, quantities and items as a test wants."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXIF_ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="session")
+def bin_photo() -> Callable[..., bytes]:
+    """bin_photo(seed, size=(48, 40), format="JPEG", mode="RGB", orientation=None): bytes of a photo.
+
+    Photos of two seeds differ far beyond what makes two photos looks at one bin.
+    """
+
+    def make(
+        seed: int | str,
+        size: tuple[int, int] = (48, 40),
+        format: str = "JPEG",
+        mode: str = "RGB",
+        orientation: int | None = None,
+    ) -> bytes:
+        patches = np.random.default_rng(zlib.crc32(str(seed).encode())).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        photo = Image.fromarray(patches).resize(size, Image.Resampling.NEAREST).convert(mode)
+        settings = {"quality": 90} if format == "JPEG" else {}
+        if orientation is not None:
+            exif = Image.Exif()
+            exif[EXIF_ORIENTATION] = orientation
+            settings["exif"] = exif
+        file = io.BytesIO()
+        photo.save(file, format, **settings)
+        return file.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_bin(bin_photo: Callable[..., bytes]) -> Callable[..., None]:
+    """write_bin(root, id, quantity=1, items=None, photo=None, record=None): one bin in a root.
+
+    `items` are the keys of the recorded items (default: one of the bin's own); `photo` and `record` are the files'
+    bytes, if not a good photo and a record that agrees with the quantity.
+    """
+
+    def write(
+        root: Path,
+        bin_id: str,
+        quantity: int = 1,
+        items: Sequence[str] | None = None,
+        photo: bytes | None = None,
+        record: bytes | None = None,
+    ) -> None:
+        for folder in ("bin-images", "metadata"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        keys = [f"item-{bin_id}"] if items is None else items
+        contents = {key: {"asin": key, "quantity": quantity if key == keys[0] else 0} for key in keys}
+        agreed = json.dumps({"BIN_FCSKU_DATA": contents, "EXPECTED_QUANTITY": quantity}).encode()
+        (root / "bin-images" / f"{bin_id}.jpg").write_bytes(bin_photo(bin_id) if photo is None else photo)
+        (root / "metadata" / f"{bin_id}.json").write_bytes(agreed if record is None else record)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_root(write_bin: Callable[..., None]) -> Callable[..., Path]:
+    """make_root(folder, quantities): bins 00001, 00002, ... with these quantities, each its own group."""
+
+    def make(folder: Path, quantities: Iterable[int]) -> Path:
+        for number, quantity in enumerate(quantities, 1):
+            write_bin(folder, f"{number:05d}", quantity)
+        return folder
+
+    return make
