@@ -261,8 +261,8 @@ def _empty_bin(rng: Generator, quantity: int) -> _Bin:
     room = Compartment(
         math.sqrt(area * aspect), math.sqrt(area / aspect), bool(rng.random() < 0.5), int(rng.integers(2**31))
     )
-    # How full the bin looks says little of how many items are in it: where many are, they are small.
-    share = rng.uniform(0.07, 0.2) * (3 / max(quantity, 1)) ** 0.6
+    # How full the bin looks says something of how many items are in it, not much: where many are, they are smaller.
+    share = rng.uniform(0.07, 0.2) * (3 / max(quantity, 1)) ** 0.3
     return _Bin(room, math.sqrt(share * area))
 
 
