@@ -34,9 +34,9 @@ def create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
     Raises:
         StocktakeError: no such backbone, or it does not take photos of this size.
     """
-    network = _create_classifier(name, image_size)
-    features = _cut_last_layer(network, name)
     try:
+        network = _create_classifier(name, image_size)
+        features = _cut_last_layer(network, name)
         with torch.inference_mode():
             given = network.eval()(torch.zeros(2, 3, image_size, image_size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -150,7 +150,9 @@ def _file_weights(path: Path) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise StocktakeError(f"--weights {path} does not exist: give imagenet, none, or the path of a file") from None
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise StocktakeError(f"--weights {path} is no file of weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise StocktakeError(f"--weights {path} is no file of weights: {next(iter(str(error).splitlines()), 'empty')}") from None
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise StocktakeError(f"--weights {path} holds no plain table of tensors (a state dict)")
     return {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}

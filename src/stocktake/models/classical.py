@@ -100,8 +100,9 @@ def fit_pca_svm(
     model.mean.copy_(torch.from_numpy(pca.mean_))
     model.whitening.copy_(torch.from_numpy(pca.components_ / np.sqrt(pca.explained_variance_)[:, None]))
     model.support.copy_(torch.from_numpy(machine.support_vectors_))
-    model.dual.copy_(torch.from_numpy(_pairwise_dual(machine.dual_coef_, machine.n_support_, model.pairs)))
-    model.intercept.copy_(torch.from_numpy(machine.intercept_))
+    sign = -1 if len(labels) == 2 else 1  # scikit-learn turns two classes around: positive is the second
+    model.dual.copy_(torch.from_numpy(sign * _pairwise_dual(machine.dual_coef_, machine.n_support_, model.pairs)))
+    model.intercept.copy_(torch.from_numpy(sign * machine.intercept_))
     model.gamma.fill_(gamma)
     return model.eval()
 

@@ -1,0 +1,93 @@
+"""Fixtures: a tiny root that can be learnt in seconds, and what is prepared from it. The rooms' conftests import them."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from stocktake.config import ImageConfig, SplitConfig, TrackingConfig
+from stocktake.tracking.addresses import Stores
+from stocktake.tracking.connection import Connection
+from stocktake.workflows.rung import Bench, set_up
+
+TINY_BINS = 96
+TINY_SIZE = 32
+TINY_BACKBONE = "shufflenet_v2_x0_5"
+"""Has batch normalisation, learns in a few steps, and its checkpoints have 1.5 MB."""
+_COLOURS = {1: (200, 60, 50), 2: (60, 170, 60), 3: (60, 80, 200)}
+
+
+def draw_bin(quantity: int, seed: int, size: int = 40) -> bytes:
+    """A photo: as many squares as items, in the quantity's colour, on noise. No two seeds give the same."""
+    rng = np.random.default_rng((seed, quantity))
+    photo = Image.fromarray(rng.integers(60, 140, (size, size, 3), dtype=np.uint8))
+    draw = ImageDraw.Draw(photo)
+    for _ in range(quantity):
+        x, y = rng.integers(0, size - 12, 2)
+        draw.rectangle((x, y, x + 11, y + 11), fill=_COLOURS[quantity])
+    data = io.BytesIO()
+    photo.save(data, "JPEG", quality=92)
+    return data.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 bins of quantities 1 to 3 in the public bucket's layout, each with an item of its own."""
+    root = tmp_path_factory.mktemp("tiny") / "root"
+    (root / "bin-images").mkdir(parents=True)
+    (root / "metadata").mkdir()
+    for number in range(TINY_BINS):
+        quantity = (1, 2, 3, 3)[number % 4]
+        items = {f"ITEM{number:04d}": {"asin": f"ITEM{number:04d}", "quantity": quantity}}
+        record = {"BIN_FCSKU_DATA": items, "EXPECTED_QUANTITY": quantity}
+        (root / "bin-images" / f"{number:05d}.jpg").write_bytes(draw_bin(quantity, number))
+        (root / "metadata" / f"{number:05d}.json").write_text(json.dumps(record))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_root: Path) -> dict[str, Any]:
+    """What every config of a run over the tiny root is given, besides its workspace."""
+    return {
+        "root": str(tiny_root),
+        "task": "1-3",
+        "image_size": TINY_SIZE,
+        "split": SplitConfig(fractions=(0.6, 0.2, 0.2), twin_distance=0),
+        "tracking": TrackingConfig(system_metrics=False),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_bench(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The manifest of the tiny root and its prepared photos: read only."""
+    return set_up(ImageConfig(**tiny_settings, workspace=str(tmp_path_factory.mktemp("tiny-bench"))))
+
+
+@pytest.fixture(scope="session")
+def few_bins(tiny_bench: Bench) -> Bench:
+    """Four bins of a quantity and split, for what must be quick."""
+    bins = tiny_bench.manifest.bins
+    few = bins[bins.groupby(["split", "quantity"]).cumcount() < 4].reset_index(drop=True)
+    return replace(tiny_bench, manifest=replace(tiny_bench.manifest, bins=few))
+
+
+@pytest.fixture
+def sqlite_store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The current folder, with an empty store laid out in it: MLflow needs seconds for a fresh one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    laid_out = tmp_path_factory.getbasetemp() / "laid-out.db"
+    if not laid_out.exists():
+        Connection(Stores(f"sqlite:///{laid_out}", f"sqlite:///{laid_out}")).open()
+    shutil.copy(laid_out, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
