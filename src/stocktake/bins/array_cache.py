@@ -6,6 +6,7 @@ LMDB holds them: memory-mapped, so that processes share one copy; safe to kill a
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import lmdb
 import numpy as np
 import numpy.typing as npt
+
+from stocktake.errors import StocktakeError
 
 _FIRST_MAP = 64 * 2**20
 
@@ -39,7 +42,11 @@ class ArrayCache:
             return [key for key in dict.fromkeys(keys) if len(reading.get(key.encode()) or b"") != self._size]
 
     def add(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Store arrays, all of them or (killed on the way) none."""
+        """Store arrays, all of them or (killed on the way) none.
+
+        Raises:
+            StocktakeError: the disk is full.
+        """
         for key, array in arrays.items():
             if array.shape != self.shape or array.dtype != self.dtype:
                 raise ValueError(f"{key} is {array.dtype}{array.shape}, not {self.dtype}{self.shape}")
@@ -51,6 +58,8 @@ class ArrayCache:
             except lmdb.MapFullError:
                 environment = self._environment()
                 environment.set_mapsize(2 * environment.info()["map_size"])
+            except lmdb.Error as error:
+                raise StocktakeError(f"{self.folder} cannot be written: {error}") from None
             else:
                 return
 
@@ -87,16 +96,27 @@ class ArrayCache:
 
     def _environment(self) -> lmdb.Environment:
         folder = str(self.folder.resolve())
-        if folder not in _opened:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            data = Path(folder) / "data.mdb"
-            size = max(_FIRST_MAP, 2 * data.stat().st_size if data.exists() else 0)
-            _opened[folder] = lmdb.open(folder, map_size=size, readahead=False)
-        return _opened[folder]
+        with _opening:
+            if folder not in _opened:
+                _opened[folder] = _open(Path(folder))
+            return _opened[folder]
+
+
+def _open(folder: Path) -> lmdb.Environment:
+    data = folder / "data.mdb"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        size = max(_FIRST_MAP, 2 * data.stat().st_size if data.exists() else 0)
+        return lmdb.open(str(folder), map_size=size, readahead=False)
+    except OSError as error:
+        raise StocktakeError(f"{folder} cannot be written: {error.strerror}") from None
+    except lmdb.Error as error:
+        raise StocktakeError(f"{folder} cannot be used ({error}): delete it, it will be filled anew") from None
 
 
 _opened: dict[str, lmdb.Environment] = {}
 """LMDB wants a store opened once in a process."""
+_opening = threading.Lock()
 
 
 def _close_all() -> None:
@@ -104,5 +124,10 @@ def _close_all() -> None:
         _opened.popitem()[1].close()
 
 
+def _before_fork() -> None:
+    _opening.acquire()
+    _close_all()
+
+
 if hasattr(os, "register_at_fork"):  # and never carried across a fork: both sides open it again
-    os.register_at_fork(before=_close_all)
+    os.register_at_fork(before=_before_fork, after_in_parent=_opening.release, after_in_child=_opening.release)

@@ -41,19 +41,19 @@ def group_looks(
 
 def _shared_items(items: Sequence[Sequence[str]]) -> sparse.csr_matrix:
     """(n, n) links between records of which the larger shares at least half of its items with the other."""
-    sizes = np.array([len(set(keys)) for keys in items], dtype=np.int32)
+    numbers: dict[frozenset[str], int] = {}
+    kind = np.array([numbers.setdefault(frozenset(keys), len(numbers)) for keys in items])
+    kinds = list(numbers)
+    sizes = np.array([len(keys) for keys in kinds], dtype=np.int32)
     codes: dict[str, int] = {}
-    columns = [codes.setdefault(key, len(codes)) for keys in items for key in sorted(set(keys))]
-    rows = np.repeat(np.arange(len(items)), sizes)
+    columns = [codes.setdefault(key, len(codes)) for keys in kinds for key in keys]
+    rows = np.repeat(np.arange(len(kinds)), sizes)
     incidence = sparse.csr_matrix(
-        (np.ones(len(columns), dtype=np.int32), (rows, columns)), shape=(len(items), max(1, len(codes)))
+        (np.ones(len(columns), dtype=np.int32), (rows, columns)), shape=(len(kinds), max(1, len(codes)))
     )
     shared = sparse.triu(incidence @ incidence.T, k=1).tocoo()
     close = 2 * shared.data >= np.maximum(sizes[shared.row], sizes[shared.col])
-    return sparse.csr_matrix(
-        (np.ones(int(close.sum()), dtype=np.int8), (shared.row[close], shared.col[close])),
-        shape=(len(items),) * 2,
-    )
+    return _links(kind, shared.row[close], shared.col[close], alike=sizes[kind] > 0)
 
 
 def _near_identical(hashes: npt.NDArray[np.uint64], distance: int) -> sparse.csr_matrix:
@@ -62,19 +62,38 @@ def _near_identical(hashes: npt.NDArray[np.uint64], distance: int) -> sparse.csr
     Hashes that differ in at most d bits agree on one of d + 1 bands of their bits (pigeonhole), so only hashes with
     a band in common are compared: no all-pairs search.
     """
+    distinct, kind = np.unique(hashes, return_inverse=True)
     found_rows, found_columns = [], []
     edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
     for low, high in itertools.pairwise(edges):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        band = (distinct >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
         starts = np.flatnonzero(np.diff(band[order])) + 1
         for bucket in np.split(order, starts):
             for begin in range(0, len(bucket) if len(bucket) > 1 else 0, _BLOCK):
                 part, rest = bucket[begin : begin + _BLOCK], bucket[begin:]
-                near = np.bitwise_count(hashes[part, None] ^ hashes[None, rest]) <= distance
+                near = np.bitwise_count(distinct[part, None] ^ distinct[None, rest]) <= distance
                 row, column = np.nonzero(near)
                 found_rows.append(part[row])
                 found_columns.append(rest[column])
     rows = np.concatenate(found_rows) if found_rows else np.zeros(0, dtype=np.intp)
     columns = np.concatenate(found_columns) if found_columns else rows
-    return sparse.csr_matrix((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(len(hashes),) * 2)
+    return _links(kind, rows, columns, alike=np.ones(len(hashes), dtype=bool))
+
+
+def _links(
+    kind: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], alike: npt.NDArray[np.bool_]
+) -> sparse.csr_matrix:
+    """(n, n) links between bins, from those between kinds of bins.
+
+    Kinds are compared, not bins: a thousand bins with one placeholder for a photo are a thousand links, not a million.
+
+    Args:
+        kind: (n,) the kind of each bin.
+        rows, columns: (m,) pairs of kinds that are close.
+        alike: (n,) whether a bin belongs with others of its kind.
+    """
+    _, first = np.unique(kind, return_index=True)
+    rows = np.concatenate([first[rows], np.flatnonzero(alike)])
+    columns = np.concatenate([first[columns], first[kind[alike]]])
+    return sparse.csr_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(len(kind),) * 2)

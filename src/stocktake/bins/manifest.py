@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,14 +107,9 @@ def build_manifest(config: BinsConfig) -> Manifest:
     source = open_source(root)
     wanted = read_id_list(Path(config.list)) if config.list else None
     folder = Path(config.workspace) / "manifests" / source_key(root)
-    try:
+    with _writing_to(config.workspace):
         folder.mkdir(parents=True, exist_ok=True)
         checked = _check_bins(source, wanted, folder / "checked.parquet")
-    except OSError as error:
-        raise StocktakeError(
-            f"--workspace {config.workspace} cannot be written ({error.strerror}: {error.filename}): "
-            "give another folder"
-        ) from None
 
     set_aside = checked.loc[checked["reason"] != "", ["id", "file", "reason"]].reset_index(drop=True)
     usable = checked[checked["reason"] == ""].drop(columns=["file", "reason", "stamp"]).reset_index(drop=True)
@@ -145,9 +141,19 @@ def build_manifest(config: BinsConfig) -> Manifest:
         fingerprint=_fingerprint(bins, labels),
         folder=folder,
     )
-    _write(manifest.bins, folder / "manifest.parquet")
-    _write(manifest.set_aside, folder / "set-aside.csv")
+    with _writing_to(config.workspace):
+        _write(manifest.bins, folder / "manifest.parquet")
+        _write(manifest.set_aside, folder / "set-aside.csv")
     return manifest
+
+
+@contextmanager
+def _writing_to(workspace: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise StocktakeError(f"--workspace {workspace} cannot be written ({why}): give another folder") from None
 
 
 def synthetic_root(config: BinsConfig) -> Path:
@@ -237,11 +243,14 @@ def _fingerprint(bins: pd.DataFrame, labels: tuple[int, ...]) -> str:
 def _write(table: pd.DataFrame, path: Path) -> None:
     """Beside, then renamed: a reader never sees half a table."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    if path.suffix == ".parquet":
-        table.to_parquet(beside, index=False)
-    else:
-        table.to_csv(beside, index=False)
-    beside.replace(path)
+    try:
+        if path.suffix == ".parquet":
+            table.to_parquet(beside, index=False)
+        else:
+            table.to_csv(beside, index=False)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _chunks(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -23,7 +23,7 @@ def prepare_photos(source: Source, bins: pd.DataFrame, size: int, workspace: Pat
     """A cache with every photo of `bins` as (size, size, 3) uint8 by its content hash; fills what is missing.
 
     Raises:
-        StocktakeError: a photo changed after the manifest was built.
+        StocktakeError: a photo changed after the manifest was built, or the cache cannot be written.
     """
     cache = ArrayCache(workspace / "cache" / f"photos-{size}px", (size, size, 3), "uint8")
     missing = set(cache.missing(bins["hash"]))
@@ -31,7 +31,10 @@ def prepare_photos(source: Source, bins: pd.DataFrame, size: int, workspace: Pat
 
     def load(pair: tuple[str, str]) -> tuple[str, npt.NDArray[Any]]:
         bin_id, expected = pair
-        data = source.photo(bin_id)
+        try:
+            data = source.photo(bin_id)
+        except OSError as error:
+            raise StocktakeError(f"photo {bin_id} of {source.root} cannot be read: {error.strerror}") from None
         if photo_key(data) != expected:
             raise StocktakeError(f"photo {bin_id} of {source.root} changed while it was read: start again")
         return expected, prepare(decode(data), size)

@@ -23,7 +23,7 @@ def assign_split(key: str, fractions: Sequence[float], seed: int) -> Split:
 
 def check_fractions(fractions: Sequence[float]) -> None:
     """Raises StocktakeError unless there are three positive shares that sum to 1."""
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+    if not (len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6):  # nan neither
         raise StocktakeError(
             f"--split.fractions {list(fractions)} must be three positive shares that sum to 1, such as [0.8,0.1,0.1]"
         )
