@@ -1,4 +1,4 @@
-"""Small roots in the public bucket's layout: distinct photos, quantities and items as a test wants."""
+"""The command line in this process, and small roots with photos, quantities and items as a test wants them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,39 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from stocktake.cli import main
+
 EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def stocktake(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """stocktake("data", "--root", ...): the command line, in this process."""
+
+    def run(*arguments: str) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        said = capsys.readouterr()
+        return Ended(int(left.value.code or 0), said.out, said.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

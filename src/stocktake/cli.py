@@ -5,6 +5,8 @@ MLproject's entry points bear the same names. A command's modules are imported w
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import os
 import sys
@@ -148,6 +150,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         description=summary,
         epilog=f"examples:\n{examples}",
         exit_on_error=False,
+        allow_abbrev=False,
         formatter_class=_help_formatter(),
     )
     parser.add_argument(_EXPERIMENT, action="config", help="YAML of settings, such as experiments/quick.yaml.")
@@ -155,7 +158,9 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     words = _without_empty(arguments)
     experiment = _take(words, _EXPERIMENT)
     if experiment is not None:
-        words = [_EXPERIMENT, str(find_experiment(experiment)), *words]
+        path = find_experiment(experiment)
+        if read_experiment(path, command.config):
+            words = [_EXPERIMENT, str(path), *words]
     from argparse import ArgumentError
 
     try:
@@ -175,10 +180,31 @@ def find_experiment(given: str) -> Path:
     """
     candidates = [Path(given), Path("experiments") / given, Path("experiments") / f"{given}.yaml"]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+        with contextlib.suppress(OSError):  # such as a name that no file can have
+            if candidate.is_file():
+                return candidate
     there = ", ".join(sorted(path.stem for path in Path("experiments").glob("*.yaml"))) or "none"
     raise StocktakeError(f"--experiment {given}: no such file; in experiments/ there are: {there}")
+
+
+def read_experiment(path: Path, config: type) -> dict[str, Any]:
+    """The settings in an experiment's file; none at all is the defaults. The parser checks each of them.
+
+    Raises:
+        StocktakeError: the file cannot be read, or holds no settings.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StocktakeError(f"--experiment {path} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise StocktakeError(f"--experiment {path} must hold settings, such as `epochs: 2`, not {settings!r}")
+    for group in (part.name for part in dataclasses.fields(config) if dataclasses.is_dataclass(part.default_factory)):
+        if not isinstance(settings.get(group, {}), dict):
+            raise StocktakeError(f"--experiment {path}: {group} must hold settings, not {settings[group]!r}")
+    return settings
 
 
 def overview() -> str:
