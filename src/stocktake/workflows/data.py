@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from stocktake.bins.manifest import Manifest, build_manifest
+from stocktake.bins.splits import SPLITS
 from stocktake.config import DataConfig
 from stocktake.errors import StocktakeError
 from stocktake.progress import progress
@@ -73,9 +75,9 @@ def export_image_folder(manifest: Manifest, folder: Path) -> None:
             raise StocktakeError(f"--export {folder} holds other files: give an empty or a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
-        for old in folder.glob("*/*/*.jpg"):
-            if old not in wanted:
-                old.unlink()
+        for split in SPLITS:
+            for old in folder.glob(f"{split}/[0-9]*"):
+                _remove_others(old, wanted.keys())
         for parent in {path.parent for path in wanted}:
             parent.mkdir(parents=True, exist_ok=True)
         with progress("exporting", len(wanted)) as advance:
@@ -86,11 +88,22 @@ def export_image_folder(manifest: Manifest, folder: Path) -> None:
         raise StocktakeError(f"--export {folder} cannot be written: {error.strerror} ({error.filename})") from None
 
 
+def _remove_others(folder: Path, wanted: Collection[Path]) -> None:
+    """Remove an earlier export's photos of a class, and a class that is left empty: ImageFolder wants none."""
+    for old in [*folder.glob("*.jpg"), *folder.glob("*.part")]:
+        if old not in wanted:
+            old.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _place(original: Path, path: Path) -> None:
+    if path.exists() and path.samefile(original):
+        return
     beside = path.with_suffix(".part")
     beside.unlink(missing_ok=True)
     try:
-        os.link(original, beside)
+        os.link(original.resolve(), beside)
     except OSError:  # another disk, or one without hard links
         shutil.copyfile(original, beside)
     beside.replace(path)
