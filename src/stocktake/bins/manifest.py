@@ -162,7 +162,7 @@ def synthetic_root(config: BinsConfig) -> Path:
 
     wanted = config.synthetic
     folder = Path(config.workspace) / f"synthetic-{wanted.count}-{wanted.size}px-seed{wanted.seed}"
-    with progress("rendering synthetic bins", wanted.count) as advance:
+    with _writing_to(config.workspace), progress("rendering synthetic bins", wanted.count) as advance:
         return make_synthetic_root(folder, wanted, progress=advance)
 
 
