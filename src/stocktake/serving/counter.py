@@ -15,6 +15,8 @@ from stocktake.bins.images import decode, prepare
 from stocktake.errors import StocktakeError
 
 NEWEST_FORMAT = 1
+FOLDER = "counter"
+"""Name of the exported folder; an MLflow model holds it as artifacts/counter."""
 
 
 @dataclass(frozen=True)

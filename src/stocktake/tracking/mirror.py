@@ -18,6 +18,7 @@ from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import sqlite_file, without_credentials
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.folder import RUNNING, ModelUpload, RunFolder, Upload, file_stamps
+from stocktake.tracking.leaderboard import show_in_mlflow
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
@@ -82,8 +83,6 @@ def upload(folder: RunFolder, connection: Connection) -> list[str]:
 def ensure_experiment(connection: Connection, name: str) -> str:
     """The id of the experiment, which is created if it is missing. StocktakeError if it was deleted."""
     from mlflow.exceptions import MlflowException
-
-    from stocktake.tracking.leaderboard import show_in_mlflow
 
     client = connection.client
     experiment: Experiment | None = client.get_experiment_by_name(name)
@@ -181,6 +180,7 @@ def _attach(folder: RunFolder, connection: Connection) -> bool:
         client.update_run(run.info.run_id, name=state.name)
     experiment = client.get_experiment(run.info.experiment_id)
     state.experiment = experiment.name
+    show_in_mlflow(client, experiment.experiment_id)
     return True
 
 

@@ -14,12 +14,10 @@ from stocktake.config import EvaluateConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.report import write_report
 from stocktake.progress import progress
-from stocktake.serving.counter import Counter
+from stocktake.serving.counter import FOLDER, Counter
 from stocktake.tracking.registry import fetch_model
 from stocktake.tracking.runs import start_run
 from stocktake.workflows.rung import dataset_record, prediction_table, print_test_lines
-
-COUNTER_IN_MODEL = Path("artifacts") / "counter"
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -30,7 +28,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = fetch_model(config.model, Path(temporary) / "model", config.tracking)
-        counter = Counter(folder / COUNTER_IN_MODEL, threads=2)
+        counter = Counter(folder / "artifacts" / FOLDER, threads=2)
     labels = parse_task(config.task)
     if counter.labels != labels:
         raise StocktakeError(

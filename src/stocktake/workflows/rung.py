@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,11 +28,11 @@ from stocktake.models.checkpoint import save_model
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import pick_device, predict
+from stocktake.serving.counter import FOLDER
 from stocktake.tracking.folder import DatasetRecord
 from stocktake.tracking.runs import TrackedRun, start_run
 
 MODEL = "model"
-EXPORTED = "counter"
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,11 @@ def record_model(
             print_test_lines(metrics, predictions, model.spec.labels)
     run.log_metrics(metrics, step=step)
     save_model(model, run.artifacts / "checkpoint")
-    exported = run.folder / EXPORTED
-    export_model(model, exported)
     example = bench.manifest.source.photo(str(bench.manifest.bins["id"].iloc[0]))
-    run.log_model(save_pyfunc(exported, run.folder / "models" / MODEL, example), MODEL)
+    with tempfile.TemporaryDirectory() as temporary:
+        exported = Path(temporary) / FOLDER
+        export_model(model, exported)
+        run.log_model(save_pyfunc(exported, run.folder / "models" / MODEL, example), MODEL)
     return metrics
 
 
