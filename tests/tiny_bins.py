@@ -1,4 +1,4 @@
-"""Fixtures: a tiny root that can be learnt in seconds, and what is prepared from it. The rooms' conftests import them."""
+"""A tiny root that can be learnt in seconds, and what is prepared from it: fixtures for the rooms' conftests."""
 
 from __future__ import annotations
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
@@ -22,7 +27,7 @@ from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
 from stocktake.progress import shown
 from stocktake.training.data import BinsDataModule
-from stocktake.training.module import NetworkModule
+from stocktake.training.module import SETTINGS, NetworkModule, resume_settings
 
 MONITORED = "val/macro_f1"
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -60,10 +65,17 @@ def fit(
         precision: what to compute in.
         checkpoints: folder of best.ckpt and last.ckpt; a last.ckpt in it is gone on from.
         on_epoch: told the epoch's figures and its number from 1.
+
+    Raises:
+        StocktakeError: settings with which nothing can be learnt, or a last.ckpt that is damaged or was trained with
+            other settings.
+        KeyboardInterrupt: Ctrl-C; the epochs before it are in last.ckpt.
     """
     counts = manifest.counts()["train"].tolist()
     if config.batch_size < 2:
         raise StocktakeError(f"--batch_size {config.batch_size}: batch normalisation needs at least 2 photos")
+    if config.training.max_steps == 0:
+        raise StocktakeError("--training.max_steps 0 trains nothing: give 1 or more, or -1 for no limit")
     if sum(counts) < 2:
         raise StocktakeError("the train split has fewer than 2 bins: add bins or change --split.fractions")
     _quieten()
@@ -80,10 +92,10 @@ def fit(
         seed=config.seed,
     )
     module = NetworkModule(model.lay_out(precision.channels_last), config, counts)
-    best = ModelCheckpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)
+    best = Checkpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
+    last = Checkpoint(checkpoints, "last", enable_version_counter=False)
     early = EarlyStopping(MONITORED, mode="max", patience=config.training.patience)
-    callbacks: list[Callback] = [EpochLine(on_epoch), early, best, last]
+    callbacks: list[Callback] = [LastStep(config.training.max_steps), EpochLine(on_epoch), early, best, last]
     if shown():
         callbacks.append(TQDMProgressBar(leave=False))
     trainer = Trainer(
@@ -103,9 +115,10 @@ def fit(
         default_root_dir=checkpoints,
     )
     resumed = checkpoints / LAST if (checkpoints / LAST).exists() else None
-    trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    if resumed:
+        check_resumable(resumed, config)
+    with _interruptible():
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     state = torch.load(checkpoints / BEST, weights_only=True, map_location="cpu")
     weights = {key: value for key, value in state["state_dict"].items() if key.startswith("model.")}
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
@@ -115,6 +128,48 @@ def fit(
         epochs=int(trainer.current_epoch),
         best_val_macro_f1=float(best.best_model_score or 0.0),
     )
+
+
+def check_resumable(last: Path, config: FinetuneConfig) -> None:
+    """Raises StocktakeError unless going on from this checkpoint gives what never stopping would have given.
+
+    Rates, schedule and optimizer come out of the checkpoint: changed settings would be ignored without a word.
+    """
+    try:
+        then: dict[str, object] = torch.load(last, weights_only=True, map_location="cpu")[SETTINGS]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise StocktakeError(f"{last} is no checkpoint to go on from ({reason}): train anew without --resume") from None
+    now = resume_settings(config)
+    differing = [f"--{name} {then.get(name)} (now {value})" for name, value in now.items() if then.get(name) != value]
+    if differing:
+        raise StocktakeError(f"{last} was trained with {', '.join(differing)}: give the same, or train anew")
+
+
+class Checkpoint(ModelCheckpoint):
+    """Still knows its best epoch when the run's folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Its files are where the folder is now."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        ranked = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": ranked, "dirpath": self.dirpath})
+
+
+class LastStep(Callback):
+    """Ends a training of `max_steps` with a validation, wherever in an epoch that is; Lightning alone skips it."""
+
+    def __init__(self, max_steps: int) -> None:
+        self._max_steps = max_steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stop as early stopping would."""
+        if trainer.global_step == self._max_steps:
+            trainer.should_stop = True
 
 
 class EpochLine(Callback):
@@ -144,6 +199,21 @@ class EpochLine(Callback):
             flush=True,
         )
         self._on_epoch(figures, epoch)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays KeyboardInterrupt, and is heard afterwards: Lightning exits with 1 and turns the signal off."""
+    heard = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, heard)
 
 
 def _quieten() -> None:

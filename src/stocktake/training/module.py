@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from stocktake.config import FinetuneConfig
+from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import scores
 from stocktake.models.network import NetworkModel
+
+SETTINGS = "stocktake.settings"
+"""Where a checkpoint holds what it was trained with."""
 
 
 class NetworkModule(LightningModule):
@@ -66,6 +71,10 @@ class NetworkModule(LightningModule):
         names = ("loss", "accuracy", "macro_f1", "rmse", "mae", "within_1")
         self.log_dict({f"val/{name}": figures[name] for name in names}, sync_dist=False)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the checkpoint was trained with."""
+        checkpoint[SETTINGS] = resume_settings(self._config)
+
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, stepped with every batch."""
         config = self._config.training
@@ -79,7 +88,8 @@ class NetworkModule(LightningModule):
         rates = [group["lr"] for group in optimizer.param_groups]
         schedule: LRScheduler | None = None
         if config.schedule == "one_cycle":
-            schedule = OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.25)
+            rise = max(0.25, 2 / (steps + 1))  # one step at least: OneCycleLR divides by its length
+            schedule = OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=rise)
         elif config.schedule == "cosine":
             schedule = CosineAnnealingLR(optimizer, T_max=steps)
         elif config.schedule == "step":
@@ -110,13 +120,33 @@ class NetworkModule(LightningModule):
         return found | {"loss": loss}
 
 
+def resume_settings(config: FinetuneConfig) -> dict[str, object]:
+    """By option, what a training must have in common with the one that it goes on from."""
+    names = ["backbone", "image_size", "seed", "batch_size", "lr", "weight_decay"]
+    free = {"workers", "patience"}
+    if config.training.schedule == "constant":
+        free.add("max_steps")
+    else:
+        names.append("epochs")  # a schedule is made for a length
+    settings = {name: getattr(config, name) for name in names}
+    return settings | {f"training.{name}": v for name, v in asdict(config.training).items() if name not in free}
+
+
 def smoothed_targets(classes: int, config: FinetuneConfig) -> Tensor:
     """(classes, classes): each class's target shares; rows sum to 1.
 
     `label_smoothing` is spread over the other classes evenly, `ordinal_smoothing` over the neighbouring ones: a count
     that is off by one is less wrong.
+
+    Raises:
+        StocktakeError: the two shares are all of the target or more.
     """
     label, ordinal = config.training.label_smoothing, config.training.ordinal_smoothing
+    if label + ordinal >= 1:
+        raise StocktakeError(
+            f"--training.label_smoothing {label:g} and --training.ordinal_smoothing {ordinal:g} leave nothing of a "
+            "target: their sum must be below 1"
+        )
     table = torch.eye(classes) * (1 - label - ordinal) + label * (1 - torch.eye(classes)) / (classes - 1)
     near = torch.diag(torch.ones(classes - 1), 1) + torch.diag(torch.ones(classes - 1), -1)
     return table + ordinal * near / near.sum(1, keepdim=True)
