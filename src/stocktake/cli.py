@@ -6,8 +6,8 @@ MLproject's entry points bear the same names. A command's modules are imported w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import ctypes
+import dataclasses
 import importlib
 import os
 import sys
