@@ -106,6 +106,11 @@ def test_a_root_with_nothing_usable_ends_a_real_process_in_one_line(here: Path, 
     )
 
 
+def test_an_empty_root_option_is_no_synthetic_root(here: Path, refused: Callable[..., str]) -> None:
+    assert "--root is empty: give a folder" in refused("data", "--root", "")
+    assert list(here.iterdir()) == []
+
+
 def test_another_kind_of_root_is_refused(here: Path, refused: Callable[..., str]) -> None:
     assert "--root ftp://host/bins" in refused("data", "--root", "ftp://host/bins")
 

@@ -119,14 +119,11 @@ def test_what_is_wrong_is_told_in_one_line(words: list[str], said: str, stocktak
     assert said in ended.err
 
 
-@pytest.mark.parametrize("words", [["--lr", ""], ["--lr="], ["--lr", "", "--root", ""], ["--experiment", ""]])
-def test_an_empty_value_is_as_none_given(words: list[str]) -> None:
-    assert parse("finetune", words) == parse("finetune", [])
-
-
-def test_an_empty_value_does_not_swallow_its_neighbour() -> None:
-    settings = parse("finetune", ["--lr", "", "--epochs", "3", "--task", "", "--root", "bins"])
-    assert (settings.epochs, settings.root, settings.task, settings.lr) == (3, "bins", "1-5", 1e-3)
+@pytest.mark.parametrize("words", [["--lr", ""], ["--lr="], ["--epochs", ""], ["--experiment", ""]])
+def test_an_empty_value_is_refused(words: list[str], stocktake: Callable[..., Any]) -> None:
+    ended = stocktake("finetune", *words)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert words[0].strip("-=") in ended.err
 
 
 @pytest.mark.parametrize("given", ["experiments/small.yaml", "small.yaml", "small"])
@@ -186,6 +183,8 @@ def test_what_is_wrong_with_an_experiment_is_told_in_one_line(
 def test_an_experiment_of_comments_only_is_the_defaults(experiments: Path) -> None:
     (experiments / "small.yaml").write_text("# mlflow run .\n")
     assert parse("finetune", ["--experiment", "small"]) == parse("finetune", [])
+    with pytest.raises(StocktakeError, match=r"finetune with experiments/small.yaml: .*--lr"):
+        parse("finetune", ["--experiment", "small", "--lr"])
 
 
 def test_debug_shows_where_it_went_wrong() -> None:

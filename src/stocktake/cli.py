@@ -173,8 +173,10 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     parser.add_class_arguments(command.config, as_group=False)
     words = [*arguments]
     experiment = _take(words, _EXPERIMENT)
+    read = ""
     if experiment is not None:
         path = find_experiment(experiment)
+        read = f" with {path}"
         if read_experiment(path, command.config):
             words = [_EXPERIMENT, str(path), *words]
     from argparse import ArgumentError
@@ -184,7 +186,6 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         settings = parser.instantiate_classes(parsed)
     except ArgumentError as error:
         reason = " ".join(str(error.message or error).split())
-        read = f" with {words[1]}" if experiment is not None else ""
         raise StocktakeError(f"{name}{read}: {reason} (stocktake {name} --help)") from None
     return command.config(**{key: value for key, value in vars(settings).items() if key != "experiment"})
 

@@ -103,6 +103,8 @@ def build_manifest(config: BinsConfig) -> Manifest:
     """
     labels = parse_task(config.task)
     check_fractions(config.split.fractions)
+    if config.root == "":  # an unset variable of a script's must not end in training on rendered bins
+        raise StocktakeError("--root is empty: give a folder, or leave the option out for a synthetic root")
     root = config.root or str(synthetic_root(config))
     source = open_source(root)
     wanted = read_id_list(Path(config.list)) if config.list else None
