@@ -11,9 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-from stocktake.config import ImageConfig, SplitConfig, TrackingConfig
+from stocktake.config import ImageConfig, PcaSvmConfig, SplitConfig, TrackingConfig
+from stocktake.models.classical import fit_pca_svm
+from stocktake.models.counting_model import CountingModel
+from stocktake.models.majority import fit_majority
+from stocktake.models.network import create_network
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection
 from stocktake.workflows.rung import Bench, set_up
@@ -36,6 +41,19 @@ def draw_bin(quantity: int, seed: int, size: int = 40) -> bytes:
     data = io.BytesIO()
     photo.save(data, "JPEG", quality=92)
     return data.getvalue()
+
+
+def tiny_model(kind: str, bench: Bench) -> CountingModel:
+    """A fitted majority or pca_svm, or a network whose statistics are not fresh ones."""
+    train, labels = bench.manifest.split("train"), bench.manifest.labels
+    if kind == "majority":
+        return fit_majority(labels, 32, train["quantity"].to_numpy())
+    if kind == "pca_svm":
+        config = PcaSvmConfig(pixels=8, components=10)
+        return fit_pca_svm(labels, bench.photos, train["hash"].tolist(), train["quantity"].to_numpy(), config, seed=0)
+    model = create_network(labels, 32, TINY_BACKBONE, "none", seed=4)
+    model.train()(torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8))
+    return model.lay_out(False).eval()
 
 
 @pytest.fixture(scope="session")

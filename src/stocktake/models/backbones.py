@@ -150,7 +150,8 @@ def _file_weights(path: Path) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise StocktakeError(f"--weights {path} does not exist: give imagenet, none, or the path of a file") from None
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise StocktakeError(f"--weights {path} is no file of weights: {next(iter(str(error).splitlines()), 'empty')}") from None
+        reason = next(iter(str(error).splitlines()), "it is empty")
+        raise StocktakeError(f"--weights {path} is no file of weights: {reason}") from None
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):

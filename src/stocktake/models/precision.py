@@ -13,7 +13,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -67,7 +67,7 @@ def choose_precision(
     memory = workspace / "cache" / "precision.json"
     backbone, size = model.spec.options["backbone"], model.spec.image_size
     key = f"{_processor(device)} | torch {torch.__version__} | {backbone} {size}px {purpose} {requested}"
-    known = json.loads(memory.read_text()) if memory.exists() else {}
+    known = _remembered(memory)
     if key not in known:
         speeds = _measure(model, candidates, purpose, device)
         best = max(range(len(candidates)), key=lambda index: speeds[index])
@@ -79,6 +79,15 @@ def choose_precision(
         beside.replace(memory)
         return found
     return Precision(**known[key])
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
+    """What was chosen before; a missing or damaged file is no memory."""
+    try:
+        content = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _measure(
@@ -93,10 +102,10 @@ def _measure(
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.to(device).train(purpose == "train")
     size = model.spec.image_size
-    photos = torch.randint(0, 256, (_BATCH, size, size, 3), dtype=torch.uint8, device=device)
     targets = torch.zeros(_BATCH, dtype=torch.long, device=device)
     best = [float("inf")] * len(candidates)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        photos = torch.randint(0, 256, (_BATCH, size, size, 3), dtype=torch.uint8, device=device)
         for turn in range(_ROUNDS + 1):
             for index, candidate in enumerate(candidates):
                 model.lay_out(candidate.channels_last)
