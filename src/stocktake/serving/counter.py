@@ -58,7 +58,16 @@ class Counter:
             graph = (folder / "counter.onnx").read_bytes()
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise StocktakeError(f"{folder} holds no exported model: {error}") from None
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's errors have no class in common
+            reason = str(error).splitlines()[0]
+            raise StocktakeError(f"{folder} holds no exported model: counter.onnx is damaged ({reason})") from None
+        classes = self._session.get_outputs()[0].shape[-1]
+        if classes != len(self.labels):
+            raise StocktakeError(
+                f"{folder} holds no exported model: counter.json has {len(self.labels)} labels, counter.onnx {classes}"
+            )
 
     def count(self, photos: Sequence[bytes]) -> list[Count]:
         """The answers for JPEG, PNG or WebP photos, in order.

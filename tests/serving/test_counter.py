@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stocktake.bins.images import PhotoError
+from stocktake.errors import StocktakeError
+from stocktake.models.counting_model import CountingModel
+from stocktake.models.export import export_model
+from stocktake.models.inference import predict
+from stocktake.serving.counter import Count, Counter
+from tiny_bins import draw_bin, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(few_bins) -> CountingModel:
+    return tiny_model("pca_svm", few_bins)
+
+
+@pytest.fixture(scope="module")
+def exported(model: CountingModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export_model(model, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    """An exported folder to damage."""
+    for name in ("counter.onnx", "counter.json"):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    return tmp_path
+
+
+def test_bytes_are_counted_as_torch_counts_them(model: CountingModel, exported: Path, few_bins) -> None:
+    bins = few_bins.manifest.bins
+    photos = [few_bins.manifest.source.photo(bin_id) for bin_id in bins["id"]]
+    counts = Counter(exported).count(photos)
+    expected = predict(model, few_bins.photos, bins["hash"].tolist(), 8, torch.device("cpu"))
+    found = np.array([list(count.probabilities.values()) for count in counts])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    for count, row in zip(counts, expected, strict=True):
+        assert isinstance(count, Count)
+        assert count.quantity == row.argmax() + 1
+        assert list(count.probabilities) == [1, 2, 3]
+        assert count.confidence == max(count.probabilities.values())
+        assert sum(count.probabilities.values()) == pytest.approx(1)
+    assert len({count.quantity for count in counts}) > 1
+    assert Counter(exported).count([]) == []
+
+
+def test_a_photo_alone_and_among_others_has_one_answer(exported: Path) -> None:
+    counter = Counter(exported, threads=2)
+    photos = [draw_bin(quantity, 900) for quantity in (1, 2, 3)]
+    together = counter.count(photos)
+    for photo, count in zip(photos, together, strict=True):
+        (alone,) = counter.count([photo])
+        assert alone.quantity == count.quantity
+        assert alone.confidence == pytest.approx(count.confidence, abs=1e-5)
+
+
+def test_png_and_webp_are_photos_too(exported: Path) -> None:
+    photo = Image.open(io.BytesIO(draw_bin(2, 901)))
+    files = []
+    for form in ("PNG", "WEBP"):
+        file = io.BytesIO()
+        photo.save(file, form, lossless=True)
+        files.append(file.getvalue())
+    first, second = Counter(exported).count(files)
+    assert first == second
+
+
+@pytest.mark.parametrize("photo", [b"", b"no photo", draw_bin(1, 902)[:300]], ids=["empty", "text", "truncated"])
+def test_a_bad_photo_is_told(photo: bytes, exported: Path) -> None:
+    with pytest.raises(PhotoError, match="photo"):
+        Counter(exported).count([draw_bin(1, 903), photo])
+
+
+def test_temperature_softens_and_keeps_the_answer(exported: Path, copied: Path) -> None:
+    description = json.loads((copied / "counter.json").read_text())
+    (copied / "counter.json").write_text(json.dumps(description | {"calibration": {"temperature": 4.0}}))
+    photo = draw_bin(3, 904)
+    (sharp,), (soft,) = Counter(exported).count([photo]), Counter(copied).count([photo])
+    assert soft.quantity == sharp.quantity
+    assert soft.confidence < sharp.confidence
+
+
+def test_a_newer_format_asks_for_an_upgrade(copied: Path) -> None:
+    description = json.loads((copied / "counter.json").read_text())
+    (copied / "counter.json").write_text(json.dumps(description | {"format": 2}))
+    with pytest.raises(StocktakeError, match="format 2; this version reads up to 1: upgrade"):
+        Counter(copied)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": "one"}'])
+def test_a_damaged_description_is_told(content: str, copied: Path) -> None:
+    (copied / "counter.json").write_text(content)
+    with pytest.raises(StocktakeError, match="holds no exported model"):
+        Counter(copied)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_graph_is_told(content: bytes | None, copied: Path) -> None:
+    graph = copied / "counter.onnx"
+    graph.write_bytes(graph.read_bytes()[:-2000] if content is None else content)
+    with pytest.raises(StocktakeError, match="holds no exported model") as caught:
+        Counter(copied)
+    assert str(copied) in str(caught.value)
+
+
+def test_labels_of_another_graph_are_told(copied: Path) -> None:
+    description = json.loads((copied / "counter.json").read_text())
+    (copied / "counter.json").write_text(json.dumps(description | {"labels": [1, 2]}))
+    with pytest.raises(StocktakeError, match=r"counter\.json has 2 labels, counter\.onnx 3"):
+        Counter(copied)
+
+
+def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StocktakeError, match="holds no exported model"):
+        Counter(tmp_path / "nowhere")
+
+
+def test_counting_loads_no_training_library() -> None:
+    heavy = "{'torch', 'torchvision', 'pytorch_lightning', 'timm', 'sklearn', 'mlflow', 'pandas'}"
+    code = f"import sys, stocktake.serving.counter; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

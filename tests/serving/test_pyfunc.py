@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from stocktake.models.export import export_model
+from stocktake.serving.counter import Counter
+from stocktake.serving.pyfunc import save_pyfunc
+from tiny_bins import draw_bin, tiny_model
+
+
+@pytest.fixture(scope="module")
+def exported(few_bins, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "counter"
+    export_model(tiny_model("pca_svm", few_bins), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pyfunc(exported, tmp_path_factory.mktemp("saved") / "model", draw_bin(1, 0))
+
+
+PHOTOS = [draw_bin(quantity, 800 + quantity) for quantity in (1, 2, 3)]
+
+
+def test_the_loaded_model_answers_as_the_counter_does(saved: Path, exported: Path) -> None:
+    answers = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"photo": PHOTOS}))
+    assert list(answers.columns) == ["quantity", "confidence", "probabilities"]
+    for row, count in zip(answers.itertuples(), Counter(exported).count(PHOTOS), strict=True):
+        assert row.quantity == count.quantity
+        assert row.confidence == pytest.approx(count.confidence)
+        np.testing.assert_allclose(row.probabilities, list(count.probabilities.values()))
+
+
+def test_the_folder_holds_graph_code_signature_and_example_and_no_pickle(saved: Path) -> None:
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".pth", ".joblib")]
+    for path in files:
+        head = path.read_bytes()[:2]
+        assert not (head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")), f"{path} is a pickle"
+        assert not zipfile.is_zipfile(path), f"{path} may hold a pickle"
+    assert (saved / "artifacts" / "counter" / "counter.onnx").is_file()
+    assert (saved / "code" / "stocktake" / "serving" / "counter.py").is_file()
+    described = yaml.safe_load((saved / "MLmodel").read_text())
+    assert [(one["name"], one["type"]) for one in json.loads(described["signature"]["inputs"])] == [("photo", "binary")]
+    assert "torch" not in (saved / "requirements.txt").read_text()
+
+
+def test_the_input_example_is_the_photo(saved: Path) -> None:
+    loaded = mlflow.pyfunc.load_model(str(saved))
+    example = loaded.input_example
+    assert list(example.columns) == ["photo"]
+    answers = loaded.predict(example)
+    assert answers["quantity"][0] in (1, 2, 3)
+    assert bytes(example["photo"][0]) == draw_bin(1, 0)
+
+
+ELSEWHERE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class NotInstalled(MetaPathFinder):
+    '''The package is to be found in the model's folder only, and these libraries nowhere.'''
+    def find_spec(self, name, path, target=None):
+        if name.partition('.')[0] in ('torch', 'torchvision', 'pytorch_lightning', 'timm', 'sklearn'):
+            raise ImportError(name + ' is not installed here')
+        return None
+
+sys.meta_path.insert(0, NotInstalled())
+sys.path[:] = [entry for entry in sys.path if not entry.rstrip('/').endswith('/src')]
+sys.meta_path[:] = [one for one in sys.meta_path if 'editable' not in getattr(one, '__module__', '').lower()]
+try:
+    import stocktake
+except ImportError:
+    pass
+else:
+    raise SystemExit('stocktake is still importable from ' + str(stocktake.__path__))
+import mlflow.pyfunc, pandas as pd, pathlib
+model = mlflow.pyfunc.load_model(sys.argv[1])
+answers = model.predict(pd.DataFrame({'photo': [pathlib.Path(sys.argv[2]).read_bytes()]}))
+import stocktake
+assert 'code' in pathlib.Path(stocktake.__file__).parts, stocktake.__file__
+print('quantity', answers['quantity'][0])
+"""
+
+
+@pytest.mark.slow
+def test_it_answers_where_neither_the_package_nor_torch_is_installed(
+    saved: Path, exported: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    saved.rename(moved)
+    try:
+        (tmp_path / "photo.jpg").write_bytes(PHOTOS[1])
+        (tmp_path / "answer.py").write_text(ELSEWHERE)
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            [sys.executable, "answer.py", str(moved), "photo.jpg"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+    finally:
+        moved.rename(saved)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["quantity", str(Counter(exported).count([PHOTOS[1]])[0].quantity)]
