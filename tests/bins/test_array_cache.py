@@ -95,18 +95,34 @@ def test_a_store_grows_past_its_first_size(tmp_path: Path, monkeypatch: pytest.M
 def add_many(cache: ArrayCache, first_map: int, numbers: range) -> None:
     array_cache._FIRST_MAP = first_map
     for number in numbers:
-        cache.add({str(number): filled(number % 256)})
+        cache.add({str(number): np.full(cache.shape, number % 256, dtype=np.uint8)})
 
 
 def test_two_processes_write_at_once_and_the_store_grows_under_both(tmp_path: Path) -> None:
-    cache = ArrayCache(tmp_path / "store", SHAPE, "uint8")
+    cache = ArrayCache(tmp_path / "store", (2000,), "uint8")
     writers = [SPAWN.Process(target=add_many, args=(cache, 2**15, range(i, 300, 2))) for i in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert (cache.read([str(n) for n in range(300)])[:, 0, 0] == np.arange(300) % 256).all()
+    assert (cache.read([str(n) for n in range(300)])[:, 0] == np.arange(300) % 256).all()
+
+
+def test_a_store_that_another_process_let_grow_is_read_and_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(array_cache, "_FIRST_MAP", 2**15)
+    cache = ArrayCache(tmp_path / "store", (2000,), "uint8")
+    add_many(cache, 2**15, range(1))
+    writer = SPAWN.Process(target=add_many, args=(cache, 2**15, range(1, 100)))
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 0
+    assert (cache.read([str(n) for n in range(100)])[:, 0] == np.arange(100)).all()
+    add_many(cache, 2**15, range(100, 200))
+    assert len(cache) == 200
+    array_cache._close_all()
 
 
 def check_and_add(cache: ArrayCache) -> None:

@@ -210,6 +210,11 @@ def test_a_list_names_the_bins_to_use(config: BinsConfig, tmp_path: Path, photos
     photos_read.clear()
     assert len(build_manifest(config).bins) == 40
     assert len(photos_read) == 38  # the listed ones are remembered
+    photos_read.clear()
+    (root_of(config) / "metadata" / "00001.json").touch()
+    build_manifest(dataclasses.replace(config, list=str(path)))
+    build_manifest(config)
+    assert photos_read == ["00001"]  # and so are the others when only the listed ones are looked at
 
 
 def test_looks_stay_together_unless_split_by_id(config: BinsConfig, write_bin: Callable[..., None]) -> None:
