@@ -188,13 +188,13 @@ def test_an_experiment_of_comments_only_is_the_defaults(experiments: Path) -> No
 
 
 def test_debug_shows_where_it_went_wrong() -> None:
-    command = [sys.executable, "-m", "stocktake", "data", "--root", "nowhere"]
+    command = [sys.executable, "-m", "stocktake", "finetune", "--epochs", "0"]
     quiet = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (quiet.returncode, quiet.stderr.count("\n")) == (2, 1)
     loud = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
     assert loud.returncode != 0
-    assert loud.stderr.startswith("Traceback")
-    assert "stocktake.errors.StocktakeError: --root nowhere is not a folder" in loud.stderr
+    assert "Traceback (most recent call last)" in loud.stderr
+    assert "stocktake.errors.StocktakeError: --epochs 0 must be at least 1" in loud.stderr
 
 
 def test_threads_that_wait_do_not_spin_unless_told_to(monkeypatch: pytest.MonkeyPatch, stocktake: Any) -> None:

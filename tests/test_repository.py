@@ -103,7 +103,14 @@ def test_no_file_names_a_package_index() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["--index-url x", "extra_index_url", "see pypi." + "org", "https://host/a/simple/", "http://h:1/simple"]
+    "text",
+    [
+        "--index" + "-url x",
+        "extra_index" + "_url",
+        "pypi." + "org",
+        "https://host/a/" + "simple/",
+        "http://h:1/" + "simple",
+    ],
 )
 def test_a_package_index_would_be_found(text: str) -> None:
     assert INDEX.search(text)
