@@ -58,8 +58,6 @@ def test_models_that_are_no_networks(kind: str, few_bins, tmp_path: Path) -> Non
         ("resnet18", "none"),
         ("efficientnet_lite0", "imagenet"),
         ("mobilenet_v3_small", "none"),
-        ("shufflenet_v2_x0_5", "none"),
-        ("squeezenet1_1", "none"),
     ],
 )
 def test_networks(backbone: str, weights: str, tmp_path: Path) -> None:

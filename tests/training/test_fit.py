@@ -21,7 +21,7 @@ from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import PLAIN, Precision
 from stocktake.training.fit import BEST, LAST, Fitted, fit
 from stocktake.workflows.rung import Bench
-from tiny_bins import TINY_BACKBONE, TINY_SIZE
+from tiny_bins import PLAIN_BACKBONE, TINY_BACKBONE, TINY_SIZE
 
 NUMBER = r"-?\d+\.\d+"
 EPOCH_LINE = re.compile(
@@ -43,7 +43,7 @@ class Training:
         return [one[name] for one in self.figures]
 
 
-LEARNS_FAST = {"backbone": "squeezenet1_1", "lr": 3e-4, "head_lr_factor": 1.0}
+LEARNS_FAST = {"backbone": PLAIN_BACKBONE, "lr": 3e-4, "head_lr_factor": 1.0}
 
 
 def config(
@@ -159,6 +159,7 @@ BRANCHES = {
     "sgd": {"optimizer": "sgd", "schedule": "cosine"},
     "adamw": {"optimizer": "adamw", "schedule": "one_cycle"},
     "smoothed": {"accumulate": 2, "label_smoothing": 0.1, "ordinal_smoothing": 0.1, "class_weight": "balanced"},
+    "dropout": {"backbone": PLAIN_BACKBONE, "lr": 3e-4},
     "frozen": {"freeze_epochs": 2, "schedule": "step", "augment": "full", "gradient_clip": 0.1},
 }
 
@@ -228,7 +229,7 @@ def test_a_damaged_checkpoint_is_told(content: bytes | None, few_bins: Bench, tm
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"backbone": "squeezenet1_1"}, "--backbone"),
+        ({"backbone": PLAIN_BACKBONE}, "--backbone"),
         ({"lr": 1e-4}, "--lr"),
         ({"accumulate": 2}, "--training.accumulate"),
     ],
@@ -245,6 +246,7 @@ def test_going_on_with_other_settings_is_told(
 # --- every branch on the CPU
 
 
+@pytest.mark.slow
 def test_bf16_on_the_cpu(tiny_bench: Bench, tmp_path: Path) -> None:
     given = config(epochs=3, **LEARNS_FAST)
     training = train(tiny_bench, given, tmp_path / "bf16", precision=Precision("bf16", channels_last=False))
@@ -268,6 +270,7 @@ def test_gradients_are_clipped(few_bins: Bench, tmp_path: Path) -> None:
     assert hardly < 0.05 * freely
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_fewer_steps(few_bins: Bench, tmp_path: Path) -> None:
     def steps(name: str, accumulate: int) -> int:
         train(few_bins, config(epochs=2, batch_size=2, accumulate=accumulate), tmp_path / name)

@@ -60,10 +60,15 @@ class NetworkModule(LightningModule):
         self.val_confusion.update(logits.argmax(1), targets)
 
     def on_train_epoch_start(self) -> None:
-        """Seed what is random inside the network, and hold the backbone still while it is frozen."""
-        torch.manual_seed(int(np.random.SeedSequence((self._config.seed, self.current_epoch)).generate_state(1)[0]))
+        """Hold the backbone still while it is frozen."""
         frozen = self.current_epoch < self._config.training.freeze_epochs
         self.model.backbone.requires_grad_(not frozen).train(not frozen)
+
+    def on_train_batch_start(self, _batch: Any, index: int) -> None:
+        """Seed what is random inside the network (dropout): by the batch, since a resumed epoch begins with fewer
+        random numbers drawn than one that follows another."""
+        place = (self._config.seed, self.current_epoch, index, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's validation figures."""
