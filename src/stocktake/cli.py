@@ -5,9 +5,9 @@ MLproject's entry points bear the same names. A command's modules are imported w
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
+import errno
 import importlib
 import os
 import sys
@@ -99,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if debug:
             raise
         print(f"stocktake: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"stocktake: cannot write{where}: {error.strerror}; choose another --workspace", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if debug:
@@ -198,7 +204,7 @@ def find_experiment(given: str) -> Path:
     """
     candidates = [Path(given), Path("experiments") / given, Path("experiments") / f"{given}.yaml"]
     for candidate in candidates:
-        with contextlib.suppress(OSError):  # such as a name that no file can have
+        with suppress(OSError):  # such as a name that no file can have
             if candidate.is_file():
                 return candidate
     there = ", ".join(sorted(path.stem for path in Path("experiments").glob("*.yaml"))) or "none"

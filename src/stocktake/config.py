@@ -30,7 +30,7 @@ class SplitConfig:
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, val and test; they sum to 1."""
     seed: int = 0
-    """Changes which bins fall into which split."""
+    """Changes which bins fall into which split; any whole number."""
     twin_distance: int = 4
     """Photos whose perceptual hashes differ in at most this many of 64 bits are looks at one bin. On real
     bins 4 finds near-identical photos, 8 already pairs different bins behind the same bands."""
@@ -52,6 +52,7 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         _bound(self, "count", least=1, most=1_000_000, option="synthetic.")
+        _bound(self, "seed", least=0, most=2**32 - 1, option="synthetic.")
         _bound(self, "size", least=32, most=1024, option="synthetic.")
 
 
@@ -93,6 +94,9 @@ class BinsConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
+    def __post_init__(self) -> None:
+        _bound(self, "seed", least=0, most=2**32 - 1)
+
 
 @dataclass
 class DataConfig(BinsConfig):
@@ -122,6 +126,7 @@ class ImageConfig(RunConfig):
     """Side of the square that a photo is resized to, in pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _bound(self, "image_size", least=8, most=2048)
 
 
@@ -284,6 +289,7 @@ class EvaluateConfig(RunConfig):
     """Photos a step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _bound(self, "batch_size", least=1)
 
 

@@ -143,9 +143,9 @@ def test_photos_decode_in_the_real_sizes(root: Path) -> None:
         assert max(width, height) <= 1.8 * 224
 
 
-@pytest.mark.parametrize("size", [32, 64, 512, 1024])
-def test_every_allowed_size_is_drawn(size: int) -> None:
-    for plan in islice(_plans(SyntheticConfig(size=size)), 12):
+@pytest.mark.parametrize(("size", "photos"), [(32, 100), (64, 100), (96, 100), (512, 6), (1024, 6)])
+def test_every_allowed_size_is_drawn(size: int, photos: int) -> None:
+    for plan in islice(_plans(SyntheticConfig(size=size)), photos):
         assert min(Image.open(io.BytesIO(_photo(plan))).size) == size
 
 

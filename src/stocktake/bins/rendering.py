@@ -27,6 +27,7 @@ def _palette(text: str) -> tuple[Colour, ...]:
 
 
 TILE = 1024  # side of the texture tiles, crops of which are pasted
+_LEAST = 10  # pixels: the smallest side of an item on which its printed frame still fits
 THREADS = 30  # in the widest elastic strip
 LABELS = _palette("3f3a5c d6844c cd5c50 d0948e 7c9cbe 5c5c64 56344e 6e5242")
 INKS = _palette(
@@ -311,7 +312,7 @@ def draw_item(photo: Image.Image, view: View, room: Compartment, pose: Pose, spr
     shadow = _sized(_textures().soft, size[0] + 16, size[1] + 12).point(lambda v: v * 0.55)
     photo.paste((34, 27, 20), (left - 8, top - 3), shadow)
     if product.asin not in sprites:
-        sprites[product.asin] = _sprite(product, max(6, round(wide)), max(6, round(high)))
+        sprites[product.asin] = _sprite(product, max(_LEAST, round(wide)), max(_LEAST, round(high)))
     sprite = sprites[product.asin]
     sprite = sprite.transpose(Image.Transpose.ROTATE_180) if pose.flipped else sprite
     if sprite.mode == "RGB":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -95,7 +96,7 @@ def fit(
     best = Checkpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
     last = Checkpoint(checkpoints, "last", enable_version_counter=False)
     early = EarlyStopping(MONITORED, mode="max", patience=config.training.patience)
-    callbacks: list[Callback] = [LastStep(config.training.max_steps), EpochLine(on_epoch), early, best, last]
+    callbacks: list[Callback] = [LastStep(config.training.max_steps), EpochLine(on_epoch, config.lr), early, best, last]
     if shown():
         callbacks.append(TQDMProgressBar(leave=False))
     trainer = Trainer(
@@ -175,8 +176,9 @@ class LastStep(Callback):
 class EpochLine(Callback):
     """Prints an epoch's line in the first seed's form, from which a SageMaker tuner reads its objective."""
 
-    def __init__(self, on_epoch: EpochFigures) -> None:
+    def __init__(self, on_epoch: EpochFigures, lr: float) -> None:
         self._on_epoch = on_epoch
+        self._lr = lr
         self._started = time.monotonic()
 
     def on_train_epoch_start(self, _trainer: Trainer, _module: LightningModule) -> None:
@@ -188,6 +190,11 @@ class EpochLine(Callback):
         if not isinstance(module, NetworkModule):
             raise TypeError(f"{type(module).__name__} does not count what it is trained on")
         train = module.train_figures()
+        if not math.isfinite(train["loss"]):
+            raise StocktakeError(
+                f"the training loss is {train['loss']} after epoch {trainer.current_epoch + 1}: give a lower --lr "
+                f"(now {self._lr:g}) or a smaller --training.gradient_clip"
+            )
         figures = {"train/loss": train["loss"], "train/accuracy": train["accuracy"]}
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         figures["epoch_seconds"] = time.monotonic() - self._started
