@@ -43,7 +43,7 @@ class SplitConfig:
 class SyntheticConfig:
     """The synthetic root that is made when no root is given."""
 
-    count: int = 1500
+    count: int = 1200
     """How many bins to render."""
     seed: int = 0
     """The same seed renders the same photos."""
@@ -247,7 +247,7 @@ class TrainingConfig:
 class FinetuneConfig(NetworkConfig):
     """Train the whole network, stop early, keep the best checkpoint."""
 
-    epochs: int = 8
+    epochs: int = 6
     """Passes over the training split at most."""
     lr: float = 1e-3
     """Peak learning rate of the backbone."""
