@@ -9,6 +9,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.uv/bin:$(PATH)
 export MLFLOW_EXPERIMENT_NAME ?= stocktake
 export MLFLOW_DISABLE_TELEMETRY ?= true
+export OMP_WAIT_POLICY ?= PASSIVE
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -29,7 +30,7 @@ demo: setup ## train the ladder of models on synthetic bins and show the leaderb
 	mlflow run . --env-manager=local
 
 test: setup lint ## lint and run all tests
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup ## ruff, mypy, the import rule
 	ruff check .

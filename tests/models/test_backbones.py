@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import socket
+import urllib.request
 from pathlib import Path
 
 import matplotlib
@@ -230,6 +231,7 @@ def test_imagenet_weights_that_cannot_be_fetched_name_three_ways_out(
         probe.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{probe.getsockname()[1]}"
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "_opener", None)  # else this proxy would be remembered for later tests
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, closed)
     for name in ("no_proxy", "NO_PROXY"):

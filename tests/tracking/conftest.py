@@ -27,6 +27,9 @@ utc_time_created: '2026-01-01 00:00:00.000000'
 """
 
 
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy a test before this one set
+
+
 class Server:
     """`mlflow server` on a loopback port, with its own SQLite file."""
 
@@ -49,7 +52,7 @@ class Server:
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                _direct.open(f"{self.uri}/health", timeout=2).close()
             except OSError:
                 assert self.process.poll() is None, (self.folder / "server.log").read_text()
                 time.sleep(0.2)
