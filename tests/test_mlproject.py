@@ -10,9 +10,13 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image, ImageDraw
+
+from stocktake.config import TrackingConfig
+from stocktake.tracking.registry import fetch_model
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = {"image_size": "32", "backbone": "mobilenet_v3_small", "weights": "none"}
@@ -79,7 +83,7 @@ class Project:
         return done, outermost[0]
 
 
-def test_main_climbs_the_ladder_and_registers_a_candidate(project: Project) -> None:
+def test_main_climbs_the_ladder_and_registers_a_candidate(project: Project, tmp_path: Path) -> None:
     done, run_id = project.run("main", root=str(project.root), epochs="1", lr="1e-3", seed="3", **TINY)
     run = project.client.get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -101,11 +105,9 @@ def test_main_climbs_the_ladder_and_registers_a_candidate(project: Project) -> N
         stored = {file.path for file in project.client.list_artifacts(child.info.run_id, "evaluation")}
         assert {"evaluation/test_confusion_matrix.png", "evaluation/test_confusion_matrix.json"} <= stored
 
-    mlflow.set_tracking_uri(project.uri)
-    model = mlflow.pyfunc.load_model("models:/stocktake@candidate")
+    tracking = TrackingConfig(uri=project.uri)
+    model = mlflow.pyfunc.load_model(str(fetch_model("models:/stocktake@candidate", tmp_path / "model", tracking)))
     photo = (project.root / "bin-images" / "00001.jpg").read_bytes()
-    import pandas as pd
-
     answer = model.predict(pd.DataFrame({"photo": [photo]}))
     assert answer["quantity"][0] in range(1, 6)
 

@@ -58,6 +58,9 @@ def test_four_rungs_a_leaderboard_and_a_candidate(
         assert len({run.data.tags[name] for run in runs.values()}) == 1, name
     assert parent.data.params["backbone"] == PLAIN_BACKBONE
     assert parent.data.params["epochs"] == "1"
+    of = {"backbone": ["frozen", "finetune"], "epochs": ["finetune"], "classical.components": ["classical"]}
+    for name, stages in of.items():  # a majority class has no backbone
+        assert [stage for stage in STAGES if name in runs[stage].data.params] == stages, name
 
     scored = {stage: runs[stage].data.metrics["val/macro_f1"] for stage in STAGES}
     best = max(scored, key=scored.__getitem__)

@@ -13,7 +13,7 @@ from stocktake.workflows.rung import Bench, Rung, record_model, rung_run, set_up
 def classical(config: ClassicalConfig, bench: Bench | None = None, parent: TrackedRun | None = None) -> Rung:
     """Fit, evaluate and log; alone or as a rung of a ladder."""
     bench = bench or set_up(config)
-    with rung_run(config, bench, "classical", parent) as (run, began):
+    with rung_run(config, ClassicalConfig, bench, "classical", parent) as (run, began):
         train = bench.manifest.split("train")
         model = fit_pca_svm(
             bench.manifest.labels,

@@ -23,7 +23,7 @@ def finetune(config: FinetuneConfig, bench: Bench | None = None, parent: Tracked
     """Train, evaluate and log; alone or as a rung of a ladder."""
     bench = bench or set_up(config)
     manifest = bench.manifest
-    with rung_run(config, bench, "finetune", parent) as (run, began):
+    with rung_run(config, FinetuneConfig, bench, "finetune", parent) as (run, began):
         checkpoints = run.folder / "checkpoints"
         if config.resume:
             checkpoints = resumed_checkpoints(Path(config.resume), manifest.fingerprint)

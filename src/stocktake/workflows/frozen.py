@@ -22,7 +22,7 @@ def frozen(config: FrozenConfig, bench: Bench | None = None, parent: TrackedRun 
     """Extract what is not on disk, fit heads, keep the best on val, evaluate and log."""
     bench = bench or set_up(config)
     manifest, workspace, device = bench.manifest, Path(config.workspace), pick_device()
-    with rung_run(config, bench, "frozen", parent) as (run, began):
+    with rung_run(config, FrozenConfig, bench, "frozen", parent) as (run, began):
         model = create_network(manifest.labels, config.image_size, config.backbone, config.weights, seed=config.seed)
         precision = choose_precision(model, "infer", config.precision, device, workspace)
         features, computed = extract_features(

@@ -35,7 +35,7 @@ def ladder(config: LadderConfig) -> dict[str, float]:
     bench = set_up(config)
     tags = run_tags(config, bench.manifest, "ladder")
     with start_run(config.tracking, workspace=Path(config.workspace), name="ladder", tags=tags) as run:
-        log_setting(run, config, bench.manifest)
+        log_setting(run, config, LadderConfig, bench.manifest)
         finished: list[Rung] = []
         for stage in config.rungs:
             print(f"\n--- {stage}", flush=True)

@@ -79,9 +79,12 @@ def set_up(config: ImageConfig) -> Bench:
 
 @contextmanager
 def rung_run(
-    config: ImageConfig, bench: Bench, stage: str, parent: TrackedRun | None
+    config: ImageConfig, kind: type[ImageConfig], bench: Bench, stage: str, parent: TrackedRun | None
 ) -> Iterator[tuple[TrackedRun, float]]:
-    """The run of one rung: a child of the ladder's, or its own. Yields it with the time it began."""
+    """The run of one rung: a child of the ladder's, or its own. Yields it with the time it began.
+
+    Of a ladder's config only the settings of this `kind` are logged: a majority class has no backbone.
+    """
     began = time.monotonic()
     tags = run_tags(config, bench.manifest, stage)
     opened = (
@@ -90,7 +93,7 @@ def rung_run(
         else start_run(config.tracking, workspace=Path(config.workspace), name=stage, tags=tags)
     )
     with opened as run:
-        log_setting(run, config, bench.manifest)
+        log_setting(run, config, kind, bench.manifest)
         yield run, began
 
 
@@ -104,11 +107,10 @@ def run_tags(config: ImageConfig, manifest: Manifest, stage: str) -> dict[str, s
     }
 
 
-def log_setting(run: TrackedRun, config: ImageConfig, manifest: Manifest) -> None:
+def log_setting(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], manifest: Manifest) -> None:
     """Params, the resolved config, the data, the environment."""
-    settings = dataclasses.asdict(config)
-    for not_a_setting in ("tracking", "workspace", "resume"):
-        settings.pop(not_a_setting, None)
+    names = {field.name for field in dataclasses.fields(kind)} - {"tracking", "workspace", "resume"}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
     run.log_params(flatten(settings))
     (run.artifacts / "config.yaml").write_text(yaml.safe_dump(_plain(settings), sort_keys=False))
     installed = {f"{one.metadata['Name']}=={one.version}" for one in distributions()}
