@@ -63,6 +63,11 @@ def eda(config: EdaConfig) -> dict[str, float]:
             manifest, run.artifacts, task=config.task, seed=config.seed, twin_distance=config.split.twin_distance
         )
         run.log_metrics(metrics, step=0)
+        page = run.artifacts / "eda.html"
+    print(
+        f"{metrics['eda/bins']:.0f} bins of task {config.task} in {manifest.source.root}: "
+        f"{metrics['eda/twins_share']:.0%} seen again, imbalance {metrics['eda/imbalance_ratio']:.1f} to 1\npage: {page}"
+    )
     return metrics
 
 
