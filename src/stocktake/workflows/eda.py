@@ -64,10 +64,9 @@ def eda(config: EdaConfig) -> dict[str, float]:
         )
         run.log_metrics(metrics, step=0)
         page = run.artifacts / "eda.html"
-    print(
-        f"{metrics['eda/bins']:.0f} bins of task {config.task} in {manifest.source.root}: "
-        f"{metrics['eda/twins_share']:.0%} seen again, imbalance {metrics['eda/imbalance_ratio']:.1f} to 1\npage: {page}"
-    )
+    again, ratio = metrics["eda/twins_share"], metrics["eda/imbalance_ratio"]
+    print(f"{len(manifest.bins)} bins of task {config.task} in {manifest.source.root}: {again:.0%} seen again,")
+    print(f"{ratio:.1f} times as many of the most frequent quantity as of the least frequent\npage: {page}")
     return metrics
 
 
