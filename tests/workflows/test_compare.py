@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -8,28 +7,12 @@ import pytest
 
 from stocktake.config import CompareConfig, TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.tracking.addresses import Stores
-from stocktake.tracking.connection import Connection
 from stocktake.tracking.leaderboard import COLUMNS, as_markdown
 from stocktake.tracking.runs import start_run
 from stocktake.workflows.compare import compare
 
+pytestmark = pytest.mark.usefixtures("store")
 QUIET = TrackingConfig(system_metrics=False)
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The current folder, with an empty store laid out in it: MLflow needs seconds for a fresh one."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    laid_out = tmp_path_factory.getbasetemp() / "laid-out.db"
-    if not laid_out.exists():
-        uri = f"sqlite:///{laid_out}"
-        Connection(Stores(uri, uri)).open()
-    shutil.copy(laid_out, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def _run(name: str, stage: str, scores: dict[str, float], fingerprint: str = "f1") -> None:

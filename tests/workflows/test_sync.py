@@ -13,29 +13,13 @@ import pytest
 
 from stocktake.config import SyncConfig, TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.tracking.addresses import Stores
-from stocktake.tracking.connection import Connection
 from stocktake.tracking.folder import RunFolder
 from stocktake.tracking.runs import start_run
 from stocktake.workflows.sync import sync
 
+pytestmark = pytest.mark.usefixtures("store")
 OFFLINE = TrackingConfig(offline=True, system_metrics=False)
 WORKSPACE = Path("workspace")
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The current folder, with an empty store laid out in it: MLflow needs seconds for a fresh one."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    laid_out = tmp_path_factory.getbasetemp() / "laid-out.db"
-    if not laid_out.exists():
-        uri = f"sqlite:///{laid_out}"
-        Connection(Stores(uri, uri)).open()
-    shutil.copy(laid_out, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def _offline_runs() -> tuple[Path, Path]:
