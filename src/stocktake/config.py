@@ -187,7 +187,7 @@ class NetworkConfig(ImageConfig):
 class HeadConfig:
     """The linear head on frozen features."""
 
-    c: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    c: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Inverse strengths of regularisation to try; the best on val is kept."""
     class_weight: Literal["balanced", "none"] = "balanced"
     """balanced: every class weighs the same in the loss."""

@@ -82,7 +82,7 @@ def fit_head(
     """
     from sklearn.linear_model import LogisticRegression
 
-    mean, std = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64) + 1e-6
+    mean, std = features.mean(0), features.std(0) + np.float32(1e-6)  # float32 throughout: a third of the time less
     fitted = LogisticRegression(C=c, class_weight="balanced" if balanced else None, max_iter=200, tol=1e-3).fit(
         (features - mean) / std, quantities
     )
