@@ -11,7 +11,7 @@ from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import Stores, given_uri, resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.folder import KILLED, RUNNING, RunFolder
-from stocktake.tracking.locks import FileLock
+from stocktake.locks import FileLock
 from stocktake.tracking.mirror import MirrorError, upload
 
 UPLOAD_SECONDS = 60

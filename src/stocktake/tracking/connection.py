@@ -15,7 +15,7 @@ from typing import Any
 
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import Stores, is_http, redact, sqlite_file
-from stocktake.tracking.locks import FileLock
+from stocktake.locks import FileLock
 
 PROBE_SECONDS = 3
 """How long a server may take to say that it is there, once it has failed."""

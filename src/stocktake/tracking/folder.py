@@ -28,7 +28,7 @@ from typing import Any
 
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import redact
-from stocktake.tracking.locks import FileLock
+from stocktake.locks import FileLock
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 

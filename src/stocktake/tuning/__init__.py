@@ -1,0 +1,1 @@
+"""Floor 3: the search space and the Optuna study."""
