@@ -8,10 +8,10 @@ from pathlib import Path
 
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
+from stocktake.locks import FileLock
 from stocktake.tracking.addresses import Stores, given_uri, resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.folder import KILLED, RUNNING, RunFolder
-from stocktake.locks import FileLock
 from stocktake.tracking.mirror import MirrorError, upload
 
 UPLOAD_SECONDS = 60

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stocktake.errors import StocktakeError
-from stocktake.tracking.addresses import Stores, is_http, redact, sqlite_file
 from stocktake.locks import FileLock
+from stocktake.tracking.addresses import Stores, is_http, redact, sqlite_file
 
 PROBE_SECONDS = 3
 """How long a server may take to say that it is there, once it has failed."""

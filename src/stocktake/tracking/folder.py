@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from stocktake.errors import StocktakeError
-from stocktake.tracking.addresses import redact
 from stocktake.locks import FileLock
+from stocktake.tracking.addresses import redact
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
