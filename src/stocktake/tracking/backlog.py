@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
 from stocktake.tracking.addresses import Stores, given_uri, resolve
 from stocktake.tracking.connection import Connection, brief
-from stocktake.tracking.folder import KILLED, RUNNING, RunFolder
+from stocktake.tracking.folder import FINISHED, KILLED, RUNNING, RunFolder
 from stocktake.tracking.mirror import MirrorError, upload
 
 UPLOAD_SECONDS = 60
@@ -110,15 +111,40 @@ def _parents_first(folders: dict[str, RunFolder]) -> list[str]:
     return sorted(folders, key=lambda name: (depth(name), folders[name].state.start_ms))
 
 
+def end_run(path: Path, tracking: TrackingConfig, *, status: str, reason: str) -> bool:
+    """End a run whose process is gone, by one who knows why: FAILED or KILLED with the reason, here and in the store.
+
+    Returns:
+        False where there was nothing to end: its process is alive, or it finished.
+    """
+    folder = RunFolder.open(path)
+    if folder.state.status == FINISHED or not folder.lock.try_acquire():
+        return False
+    try:
+        _write_end(folder, status, reason)
+        connection = None if tracking.offline else _connect(_stores_of(folder, tracking))
+        if isinstance(connection, Connection):
+            with suppress(MirrorError, StocktakeError):  # `sync` uploads it later
+                upload(folder, connection)
+            folder.write_result()
+    finally:
+        folder.release()
+    return True
+
+
 def _close(folder: RunFolder) -> None:
     """Give a run whose process died the end that it could not write itself."""
     state = folder.state
-    if state.status != RUNNING:
-        return
-    reason = f"its process ({state.pid} on {state.host}) ended without a word, killed or out of memory"
+    if state.status == RUNNING:
+        died = f"its process ({state.pid} on {state.host}) ended without a word, killed or out of memory"
+        _write_end(folder, KILLED, died)
+
+
+def _write_end(folder: RunFolder, status: str, reason: str) -> None:
+    state = folder.state
     points = folder.read_metrics()[0]
     folder.set_tags({"failure": reason})
-    folder.finish(KILLED, reason)
+    folder.finish(status, reason)
     # What it logged last is nearer to its end than today is.
     state.end_ms = max([state.start_ms, *(point.timestamp_ms for point in points)])
     folder.save()

@@ -197,6 +197,24 @@ class RunFolder:
             ) from error
         return cls(path, state)
 
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """A folder to write on in, RUNNING and locked by this process.
+
+        Raises StocktakeError if it is no run folder, or its process is alive.
+        """
+        folder = cls.open(path)
+        if not folder.lock.try_acquire():
+            raise StocktakeError(f"{path} is still written by process {folder.state.pid} on {folder.state.host}")
+        state = folder.state
+        state.status, state.reason, state.end_ms = RUNNING, None, None
+        state.host, state.pid = socket.gethostname(), os.getpid()
+        folder.tags.pop("failure", None)
+        folder.set_tags({})
+        folder.save()
+        _cut_torn_line(path / "metrics.csv")
+        return folder
+
     def save(self) -> None:
         """Write run.json."""
         write_json(self.path / "run.json", asdict(self.state))
@@ -326,6 +344,13 @@ def file_stamps(root: Path) -> dict[str, list[int]]:
             status = path.stat()
             stamps[name.as_posix()] = [status.st_size, status.st_mtime_ns]
     return stamps
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A process killed in mid-write leaves half a line, which the next one must not continue."""
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def _age(point: MetricPoint) -> tuple[int, int, float]:

@@ -212,6 +212,9 @@ def _tags(folder: RunFolder, connection: Connection) -> None:
     for batch in _batches(changed, _BATCH["tags"]):
         connection.client.log_batch(upload.run_id, tags=[RunTag(key, value) for key, value in batch])
         upload.tags.update(batch)
+    for gone in upload.tags.keys() - folder.tags.keys():  # such as the failure of a run that was gone on with
+        connection.client.delete_tag(upload.run_id, gone)
+        del upload.tags[gone]
 
 
 def _params(folder: RunFolder, connection: Connection) -> None:

@@ -119,15 +119,7 @@ class TrackedRun:
     @contextmanager
     def child(self, name: str, tags: Mapping[str, object]) -> Iterator[TrackedRun]:
         """A run below this one, in the same experiment. It ends with the block."""
-        state = self.run_folder.state
-        folder = RunFolder.create(
-            self.folder.parent,
-            name=name,
-            experiment=state.experiment,
-            tracking_uri=state.tracking_uri,
-            registry_uri=state.registry_uri,
-            parent=self.folder.name,
-        )
+        folder = _create_below(self.run_folder, name)
         run = TrackedRun(folder, self._connection, system_metrics=self._system_metrics)
         run.set_tags({**_context_tags(), **tags})
         try:
@@ -198,9 +190,27 @@ class NullRun:
         yield self
 
 
+def _create_below(parent: RunFolder, name: str) -> RunFolder:
+    state = parent.state
+    return RunFolder.create(
+        parent.path.parent,
+        name=name,
+        experiment=state.experiment,
+        tracking_uri=state.tracking_uri,
+        registry_uri=state.registry_uri,
+        parent=parent.path.name,
+    )
+
+
 @contextmanager
 def start_run(
-    tracking: TrackingConfig, *, workspace: Path, name: str, tags: Mapping[str, object]
+    tracking: TrackingConfig,
+    *,
+    workspace: Path,
+    name: str,
+    tags: Mapping[str, object],
+    parent: Path | None = None,
+    reopen: Path | None = None,
 ) -> Iterator[TrackedRun]:
     """A run that lasts as long as the block: FINISHED, FAILED on an exception, KILLED on Ctrl-C and SIGTERM.
 
@@ -212,9 +222,12 @@ def start_run(
         workspace: the run folder is made in runs/ below it.
         name: of the run.
         tags: of the run, besides those it always has.
+        parent: folder of the run of another process, below which this one is; its experiment is taken, `run_name`
+            is not.
+        reopen: folder of an earlier run whose process has ended: go on in it, in the same MLflow run.
 
     Raises:
-        StocktakeError: the store cannot be used, before anything is written.
+        StocktakeError: the store cannot be used, before anything is written; or `reopen` is alive.
     """
     attach = os.environ.pop("MLFLOW_RUN_ID", None) or None
     with ExitStack() as stack:
@@ -225,21 +238,27 @@ def start_run(
             connection.open()
         # Offline, the default store is left open: where the folder is uploaded from may be another machine.
         is_known = connection is not None or given_uri(tracking) is not None
-        folder = RunFolder.create(
-            workspace / "runs",
-            name=tracking.run_name or name,
-            experiment=tracking.experiment,
-            tracking_uri=without_credentials(stores.tracking) if is_known else None,
-            registry_uri=without_credentials(stores.registry) if is_known else None,
-            attach_run_id=attach,
-        )
+        if reopen is not None:
+            folder = RunFolder.reopen(reopen)
+        elif parent is not None:
+            folder = _create_below(RunFolder.open(parent), name)
+        else:
+            folder = RunFolder.create(
+                workspace / "runs",
+                name=tracking.run_name or name,
+                experiment=tracking.experiment,
+                tracking_uri=without_credentials(stores.tracking) if is_known else None,
+                registry_uri=without_credentials(stores.registry) if is_known else None,
+                attach_run_id=attach,
+            )
         run = TrackedRun(folder, connection, system_metrics=tracking.system_metrics)
-        run.set_tags({**_context_tags(attached=attach is not None), **tags})
+        attached = attach is not None and folder.state.attach_run_id == attach
+        run.set_tags({**_context_tags(attached=attached), **tags})
         stack.enter_context(_sigterm_raises())
         try:
             _begin(run, connection)
         except BaseException as error:
-            if run.run_id is None:
+            if run.run_id is None and reopen is None:
                 folder.release()
                 shutil.rmtree(folder.path, ignore_errors=True)
             else:

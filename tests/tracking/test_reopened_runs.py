@@ -1,0 +1,82 @@
+"""Runs that another process began, or ended without a word."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stocktake.config import TrackingConfig
+from stocktake.errors import StocktakeError
+from stocktake.tracking.backlog import end_run
+from stocktake.tracking.folder import FAILED, RunFolder
+from stocktake.tracking.runs import start_run
+
+QUIET = TrackingConfig(system_metrics=False)
+WORKSPACE = Path("workspace")
+
+
+def _dies_in_a_run(parent: Path, ready: Any) -> None:
+    with start_run(QUIET, workspace=WORKSPACE, name="trial", tags={"stage": "trial"}, parent=parent) as run:
+        run.log_params({"lr": 0.1})
+        run.log_metrics({"val/macro_f1": 0.25}, step=1)
+        run.flush()
+        ready.send(str(run.folder))
+        signal.pause()
+
+
+def _killed_child(parent: Path) -> Path:
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_dies_in_a_run, args=(parent, sender))
+    process.start()
+    assert receiver.poll(60)
+    folder = Path(receiver.recv())
+    with pytest.raises(StocktakeError, match=f"still written by process {process.pid}"):
+        RunFolder.reopen(folder)
+    assert not end_run(folder, QUIET, status=FAILED, reason="it is alive")
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return folder
+
+
+def test_a_child_of_another_process_is_ended_and_gone_on_with_in_the_same_run(client: Any) -> None:
+    with start_run(QUIET, workspace=WORKSPACE, name="tune", tags={}) as parent:
+        folder = _killed_child(parent.folder)
+        run_id = RunFolder.open(folder).state.upload.run_id
+        assert client.get_run(run_id).info.status == "RUNNING"
+        assert client.get_run(run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+
+        assert end_run(folder, QUIET, status=FAILED, reason="killed by signal 9")
+        assert client.get_run(run_id).info.status == "FAILED"
+        assert client.get_run(run_id).data.tags["failure"] == "killed by signal 9"
+
+        with (folder / "metrics.csv").open("a") as file:
+            file.write("17000000,2,val/macr")  # as a process leaves it that is killed in mid-write
+        with start_run(QUIET, workspace=WORKSPACE, name="trial", tags={"stage": "trial"}, reopen=folder) as again:
+            assert client.get_run(run_id).info.status == "RUNNING"
+            again.log_params({"lr": 0.2})
+            again.log_metrics({"val/macro_f1": 0.5}, step=2)
+        stored = client.get_run(run_id)
+        assert (again.run_id, stored.info.status) == (run_id, "FINISHED")
+        assert stored.data.params == {"lr": "0.1"}
+        assert "failure" not in stored.data.tags
+        history = client.get_metric_history(run_id, "val/macro_f1")
+        assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5)]
+        assert not again.run_folder.pending()
+        assert not end_run(folder, QUIET, status=FAILED, reason="it has finished")
+        assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_run_is_ended_on_disk_when_the_store_is_away(client: Any) -> None:
+    with start_run(QUIET, workspace=WORKSPACE, name="a", tags={}) as run:
+        pass
+    folder = RunFolder.reopen(run.folder)
+    folder.release()
+    away = TrackingConfig(uri="http://127.0.0.1:9")
+    assert end_run(run.folder, away, status=FAILED, reason="gone")
+    assert RunFolder.open(run.folder).state.status == "FAILED"
+    assert "status" in RunFolder.open(run.folder).pending()
