@@ -73,16 +73,18 @@ def train(
     *,
     precision: Precision = PLAIN,
     interrupt_at: int | None = None,
+    stop_at: int | None = None,
 ) -> Training:
     checkpoints.mkdir(parents=True, exist_ok=True)
     labels = bench.manifest.labels
     training = Training(create_network(labels, TINY_SIZE, given.backbone, "none", seed=given.seed))
 
-    def on_epoch(figures: Mapping[str, float], epoch: int) -> None:
+    def on_epoch(figures: Mapping[str, float], epoch: int) -> bool:
         if epoch == interrupt_at:
             raise KeyboardInterrupt
         training.epochs.append(epoch)
         training.figures.append({name: value for name, value in figures.items() if name != "epoch_seconds"})
+        return epoch == stop_at
 
     training.fitted = fit(
         training.model, bench.manifest, bench.photos, given, precision, checkpoints=checkpoints, on_epoch=on_epoch
@@ -141,6 +143,13 @@ def test_patience_stops_early(few_bins: Bench, tmp_path: Path) -> None:
     best = scored.index(max(scored))
     assert len(scored) == best + 1 + 2
     assert training.fitted == Fitted(best + 1, len(scored), pytest.approx(max(scored)))
+
+
+def test_a_verdict_ends_the_training(few_bins: Bench, tmp_path: Path) -> None:
+    training = train(few_bins, config(epochs=6), tmp_path, stop_at=2)
+    assert training.epochs == [1, 2]
+    assert training.fitted is not None
+    assert training.fitted.epochs == 2
 
 
 def test_the_same_config_gives_the_same_figures(few_bins: Bench, tmp_path: Path) -> None:

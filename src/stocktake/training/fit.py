@@ -32,7 +32,8 @@ from stocktake.training.module import SETTINGS, NetworkModule, resume_settings
 
 MONITORED = "val/macro_f1"
 BEST, LAST = "best.ckpt", "last.ckpt"
-EpochFigures = Callable[[Mapping[str, float], int], None]
+EpochVerdict = Callable[[Mapping[str, float], int], bool]
+"""Told the figures of an epoch and its number from 1; True ends the training there."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def fit(
     precision: Precision,
     *,
     checkpoints: Path,
-    on_epoch: EpochFigures,
+    on_epoch: EpochVerdict,
 ) -> Fitted:
     """Train `model` in place and leave it at the weights of its best epoch on val.
 
@@ -65,7 +66,7 @@ def fit(
         config: epochs, rates, early stopping, ...
         precision: what to compute in.
         checkpoints: folder of best.ckpt and last.ckpt; a last.ckpt in it is gone on from.
-        on_epoch: told the epoch's figures and its number from 1.
+        on_epoch: told each epoch's figures.
 
     Raises:
         StocktakeError: settings with which nothing can be learnt, or a last.ckpt that is damaged or was trained with
@@ -176,7 +177,7 @@ class LastStep(Callback):
 class EpochLine(Callback):
     """Prints an epoch's line in the first seed's form, from which a SageMaker tuner reads its objective."""
 
-    def __init__(self, on_epoch: EpochFigures, lr: float) -> None:
+    def __init__(self, on_epoch: EpochVerdict, lr: float) -> None:
         self._on_epoch = on_epoch
         self._lr = lr
         self._started = time.monotonic()
@@ -205,7 +206,8 @@ class EpochLine(Callback):
             f"val_macro_f1={figures['val/macro_f1']:.6f} elapsed_sec={figures['epoch_seconds']:.2f}",
             flush=True,
         )
-        self._on_epoch(figures, epoch)
+        if self._on_epoch(figures, epoch):
+            trainer.should_stop = True
 
 
 @contextmanager

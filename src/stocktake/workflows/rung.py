@@ -143,19 +143,8 @@ def record_model(
     """
     from stocktake.serving.pyfunc import save_pyfunc
 
-    stage = str(run.run_folder.tags["stage"])
-    metrics: dict[str, float] = {}
-    splits: tuple[Split, ...] = ("val", "test")
-    for split in splits:
-        bins = bench.manifest.split(split)
-        probabilities = predict(model, bench.photos, bins["hash"].tolist(), batch_size, pick_device())
-        predictions = prediction_table(bins, probabilities, model.spec.labels)
-        title = f"{stage}, {split} split"
-        metrics |= write_report(
-            run.artifacts / "evaluation", predictions, model.spec.labels, split=split, title=title, seed=config.seed
-        )
-        if split == "test":
-            print_test_lines(metrics, predictions, model.spec.labels)
+    metrics = record_split(run, model, config, bench, "val", batch_size=batch_size)
+    metrics |= record_split(run, model, config, bench, "test", batch_size=batch_size)
     run.log_metrics(metrics, step=step)
     save_model(model, run.artifacts / "checkpoint")
     example = bench.manifest.source.photo(str(bench.manifest.bins["id"].iloc[0]))
@@ -163,6 +152,26 @@ def record_model(
         exported = Path(temporary) / FOLDER
         export_model(model, exported)
         run.log_model(save_pyfunc(exported, run.folder / "models" / MODEL, example), MODEL)
+    return metrics
+
+
+def record_split(
+    run: TrackedRun, model: CountingModel, config: ImageConfig, bench: Bench, split: Split, *, batch_size: int = 64
+) -> dict[str, float]:
+    """Evaluate a finished model on one split; the report goes to the run's artifacts.
+
+    Returns:
+        `SPLIT/...` metrics with intervals, for the run to log.
+    """
+    bins = bench.manifest.split(split)
+    probabilities = predict(model, bench.photos, bins["hash"].tolist(), batch_size, pick_device())
+    predictions = prediction_table(bins, probabilities, model.spec.labels)
+    title = f"{run.run_folder.tags['stage']}, {split} split"
+    metrics = write_report(
+        run.artifacts / "evaluation", predictions, model.spec.labels, split=split, title=title, seed=config.seed
+    )
+    if split == "test":
+        print_test_lines(metrics, predictions, model.spec.labels)
     return metrics
 
 
