@@ -73,7 +73,7 @@ from importlib.abc import MetaPathFinder
 class NotInstalled(MetaPathFinder):
     '''The package is to be found in the model's folder only, and these libraries nowhere.'''
     def find_spec(self, name, path, target=None):
-        if name.partition('.')[0] in ('torch', 'torchvision', 'pytorch_lightning', 'timm', 'sklearn'):
+        if name.partition('.')[0] in ('torch', 'torchvision', 'pytorch_lightning', 'sklearn'):
             raise ImportError(name + ' is not installed here')
         return None
 
