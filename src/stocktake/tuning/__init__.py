@@ -1,1 +1,1 @@
-"""Floor 3: the search space and the Optuna study."""
+"""A study of a command's settings: the search space, Optuna's study of it, figures of what was found."""
