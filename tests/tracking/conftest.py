@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -61,9 +62,10 @@ class Server:
         raise AssertionError((self.folder / "server.log").read_text())
 
     def kill(self) -> None:
-        """kill -9, workers and all."""
+        """kill -9, workers and all: the group that `start` made, whose number is its leader's."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself and left no worker
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
@@ -106,9 +108,11 @@ def server(laid_out_store: Path, tmp_path: Path) -> Iterator[Server]:
     folder.mkdir()
     shutil.copy(laid_out_store, folder / "mlflow.db")
     running = Server(folder)
-    running.start()
-    yield running
-    running.kill()
+    try:
+        running.start()
+        yield running
+    finally:
+        running.kill()
 
 
 @pytest.fixture
