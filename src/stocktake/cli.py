@@ -70,6 +70,16 @@ COMMANDS = {
             "stocktake finetune --root ../bins --resume workspace/runs/finetune-1a2b3c",
         ),
     ),
+    "tune": Command(
+        config.TuneConfig,
+        "tune:tune",
+        (
+            "stocktake tune --root ../bins --trials 20 --workers 2",
+            "stocktake tune --root ../bins --stage frozen --objectives '[macro_f1,latency]' --pruner none",
+            "stocktake tune --space my.space.yaml --timeout 3600 --warm_start 3",
+            "stocktake tune --resume workspace/runs/tune-1a2b3c --trials 40",
+        ),
+    ),
     "evaluate": Command(
         config.EvaluateConfig,
         "evaluate:evaluate",

@@ -230,6 +230,13 @@ class TrainingConfig:
     """Processes that load photos. Default: none on a CPU, one a core beside a GPU."""
     max_steps: int = -1
     """Stop after this many steps; -1: no limit. For quick looks."""
+    sync_batchnorm: bool = True
+    """With several processes, normalise over the whole batch, so that their number does not change what is learnt.
+    false: each over its own share; a little faster, and another training."""
+    collective_timeout: float = 300.0
+    """Seconds that a process waits for another one's part of a step before it gives up."""
+    world_size: int | None = None
+    """The number of processes that the job must have; another one is an error. Default: any."""
 
     def __post_init__(self) -> None:
         _bound(self, "head_lr_factor", least=1e-6, most=1e6, option="training.")
@@ -241,6 +248,8 @@ class TrainingConfig:
         _bound(self, "accumulate", least=1, most=1e6, option="training.")
         _bound(self, "workers", least=0, most=1024, option="training.")
         _bound(self, "max_steps", least=-1, most=1e12, option="training.")
+        _bound(self, "collective_timeout", least=1, most=1e6, option="training.")
+        _bound(self, "world_size", least=1, most=1e6, option="training.")
 
 
 @dataclass
@@ -265,6 +274,29 @@ class FinetuneConfig(NetworkConfig):
 
 
 @dataclass
+class DdpConfig(FinetuneConfig):
+    """Train the whole network in several processes, on one machine or more: finetune, started by torchrun."""
+
+    nproc: int = 2
+    """Processes on each machine: one a GPU, or a few that share the cores."""
+    nnodes: int = 1
+    """Machines. The same command is given on each, with its own --node_rank."""
+    node_rank: int = 0
+    """This machine's number, from 0. Machine 0 logs the run and keeps its files."""
+    rendezvous: str | None = None
+    """host:port of machine 0, where all meet. Default: any free port, for one machine."""
+    max_restarts: int = 0
+    """Begin again at the last checkpoint this many times when a process fails."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bound(self, "nproc", least=1, most=1024)
+        _bound(self, "nnodes", least=1, most=1024)
+        _bound(self, "node_rank", least=0, most=self.nnodes - 1)
+        _bound(self, "max_restarts", least=0, most=1000)
+
+
+@dataclass
 class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig):
     """Majority, classical, frozen and fine-tuned on one manifest, a leaderboard, and a candidate version."""
 
@@ -275,6 +307,50 @@ class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig
         "finetune",
     )
     """Which models to train, in this order."""
+
+
+@dataclass
+class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
+    """Search a stage's settings with Optuna: a run for the study, a child run a trial, the best as an experiment."""
+
+    stage: Literal["finetune", "frozen", "classical"] = "finetune"
+    """What is searched. All its settings that the space does not vary are the same for all trials."""
+    space: str | None = None
+    """YAML of the search space: a path, or the NAME of experiments/NAME.space.yaml. Default: the stage's own, for
+    finetune lr, weight_decay, batch_size, epochs and training.freeze_epochs."""
+    trials: int | None = None
+    """How many trials the study has in all. Default: 20, or as many as the study was begun with."""
+    timeout: float | None = None
+    """Begin no further trial after this many seconds."""
+    workers: int = 1
+    """Trials at a time, each in a process of its own; they share the processor's cores out."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """tpe: learns from the trials before (multivariate). random: what the others found does not matter."""
+    pruner: Literal["auto", "asha", "hyperband", "median", "none"] = "auto"
+    """Ends trials that fall behind. auto: asha, or none where there are two objectives or no epochs."""
+    objectives: tuple[Literal["macro_f1", "latency"], ...] = ("macro_f1",)
+    """macro_f1 on val alone, or [macro_f1,latency]: also the milliseconds of one photo, as a Pareto front."""
+    storage: str | None = None
+    """URL of a database for the study (sqlite:///study.db, postgresql://...). Default: a journal in the run's
+    folder."""
+    warm_start: int = 0
+    """Try the settings of this many earlier runs first: the best ones of the same task and stage in the space."""
+    nproc: int = 1
+    """Processes a trial: more than one make every trial of finetune a DDP job."""
+    resume: str | None = None
+    """Go on with the study of this run folder (workspace/runs/tune-...); its settings are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bound(self, "trials", least=1, most=1e6)
+        _bound(self, "timeout", least=0)
+        _bound(self, "workers", least=1, most=256)
+        _bound(self, "warm_start", least=0, most=1e4)
+        _bound(self, "nproc", least=1, most=256)
+        if self.objectives not in (("macro_f1",), ("macro_f1", "latency")):
+            raise StocktakeError("--objectives must be [macro_f1] or [macro_f1,latency]")
+        if self.nproc > 1 and self.stage != "finetune":
+            raise StocktakeError(f"--nproc {self.nproc}: only finetune trains in several processes")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from stocktake.bins.array_cache import ArrayCache
 from stocktake.bins.images import decode, photo_key, prepare
 from stocktake.bins.source import Source
 from stocktake.errors import StocktakeError
+from stocktake.locks import FileLock
 from stocktake.progress import progress
 
 _THREADS = 4
@@ -22,10 +23,19 @@ _CHUNK = 512
 def prepare_photos(source: Source, bins: pd.DataFrame, size: int, workspace: Path) -> ArrayCache:
     """A cache with every photo of `bins` as (size, size, 3) uint8 by its content hash; fills what is missing.
 
+    Of several processes that want the same photos, one prepares them and the others wait for it.
+
     Raises:
         StocktakeError: a photo changed after the manifest was built, or the cache cannot be written.
     """
     cache = ArrayCache(workspace / "cache" / f"photos-{size}px", (size, size, 3), "uint8")
+    if cache.missing(bins["hash"]):
+        with FileLock(cache.folder / "filling"):
+            _fill(cache, source, bins, size)
+    return cache
+
+
+def _fill(cache: ArrayCache, source: Source, bins: pd.DataFrame, size: int) -> None:
     missing = set(cache.missing(bins["hash"]))
     todo = bins[bins["hash"].isin(missing)].drop_duplicates("hash")
 
@@ -45,4 +55,3 @@ def prepare_photos(source: Source, bins: pd.DataFrame, size: int, workspace: Pat
             chunk = dict(threads.map(load, pairs[start : start + _CHUNK]))
             cache.add(chunk)
             advance(len(chunk))
-    return cache
