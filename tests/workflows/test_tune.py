@@ -83,7 +83,7 @@ def runs_of(config: TuneConfig) -> dict[str, Any]:
     return {run.info.run_name: run for run in runs}
 
 
-# A study of two workers, in which one backbone does not exist -----------------------------------------------------------
+# A study of two workers, in which one backbone does not exist ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +156,13 @@ def test_a_later_study_begins_with_what_was_best(
     assert "begins with the settings of" in capsys.readouterr().out
 
 
-# Failures, pruning, objectives -----------------------------------------------------------------------------------------
+# Failures, pruning, objectives -------------------------------------------------------------------------------------
 
 
 def test_three_failures_of_a_kind_end_the_study(make_config: MakeConfig, tmp_path: Path) -> None:
     space = {"lr": {"log_uniform": [1e-4, 1e-3]}}
     config = make_config(tmp_path / "s", space, trials=20, weights="none", backbone="resnot18")
-    with pytest.raises(StocktakeError, match="three trials in a row failed for the same reason.*resnot18"):
+    with pytest.raises(StocktakeError, match=r"three trials in a row failed for the same reason.*resnot18"):
         tune(config)
     assert 3 <= len(trials_of(config)) <= 4  # the worker may be at the next one already
     runs = runs_of(config)
@@ -225,7 +225,7 @@ def test_what_cannot_be_searched_is_told(
         tune(make_config(tmp_path / "s", {"lr": {"uniform": [0.001, 0.01]}}, **settings))
 
 
-# Killed ----------------------------------------------------------------------------------------------------------------
+# Killed ------------------------------------------------------------------------------------------------------------
 
 LONG = {"lr": {"log_uniform": [1e-5, 1e-3]}, "training.freeze_epochs": {"integer": [0, 1]}}
 
@@ -327,8 +327,9 @@ def test_a_killed_study_is_gone_on_with(make_config: MakeConfig, tmp_path: Path)
         assert again.user_attrs["folder"] == trial.user_attrs["folder"]
         client = mlflow.MlflowClient(config.tracking.uri, config.tracking.uri)
         run = runs[f"trial-{trial.number:03d}"]
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
-        assert sorted(steps) == [1, 2, 3, 4, 5, 6]  # no epoch was trained twice
+        points = client.get_metric_history(run.info.run_id, "train/loss")
+        assert len({(point.step, point.value) for point in points}) == 6
+        assert len(points) <= 7  # only an epoch whose checkpoint was not written yet is trained twice
     assert sorted(runs) == ["trial-000", "trial-001", "trial-002", "trial-003", "tune"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert RunFolder.open(folder.path).state.status == "FINISHED"
