@@ -12,9 +12,11 @@ import yaml
 
 from stocktake.cli import ALIASES, COMMANDS, find_experiment, parse
 from stocktake.errors import StocktakeError
+from stocktake.workflows.tune import find_space, stage_config
 
 REPOSITORY = Path(__file__).parents[1]
-EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*"))
+SPACES = sorted((REPOSITORY / "experiments").glob("*.space.yaml"))
+EXPERIMENTS = sorted(set((REPOSITORY / "experiments").glob("*")) - set(SPACES))
 COMMAND = re.compile(
     r"# mlflow run \.(?: --env-manager=\w+)?(?: -e (?P<entry>\w+))?"
     r"(?: -P [\w.]+=\S+)*? -P experiment=(?P<name>[\w./-]+)(?: -P [\w.]+=\S+)*"
@@ -28,7 +30,7 @@ def command_of(path: Path) -> re.Match[str]:
     return match
 
 
-def settings_of(path: Path) -> object:
+def settings_of(path: Path) -> Any:
     entry = command_of(path)["entry"] or "main"
     return parse(ALIASES.get(entry, entry), ["--experiment", str(path)])
 
@@ -57,6 +59,15 @@ def test_an_experiments_settings_are_taken_and_differ_from_the_defaults(path: Pa
         taken = operator.attrgetter(name)(settings)
         assert (list(taken) if isinstance(taken, tuple) else taken) == value
         assert taken != operator.attrgetter(name)(defaults), f"{path.name}: {name} is as by default"
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_a_search_space_lies_beside_the_experiment_that_it_is_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    config = settings_of(path.with_name(path.name.replace(".space", "")))
+    assert config.space == path.name.removesuffix(".space.yaml")
+    space = find_space(config.space, config.stage, stage_config(config))
+    assert {dimension.setting for dimension in space.all_dimensions()}
 
 
 def flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:

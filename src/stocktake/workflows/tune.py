@@ -45,19 +45,19 @@ def tune(config: TuneConfig) -> dict[str, float]:
     Returns:
         The best trial's metrics.
     """
-    stage_config = _stage_config(config)
+    base = stage_config(config)
     resumed = Path(config.resume) if config.resume else None
     if resumed is not None:
         folder = _resumed(config, StudyFolder.open(resumed, config.tracking, config.storage))
-        stage_config = folder.config
+        base = folder.config
     else:
-        space = find_space(config.space, config.stage, stage_config)
-    bench = set_up(stage_config)
-    tags = run_tags(stage_config, bench.manifest, "tune")
-    workspace = Path(config.workspace if resumed is None else stage_config.workspace)
+        space = find_space(config.space, config.stage, base)
+    bench = set_up(base)
+    tags = run_tags(base, bench.manifest, "tune")
+    workspace = Path(base.workspace)
     with start_run(config.tracking, workspace=workspace, name="tune", tags=tags, reopen=resumed) as run:
         if resumed is None:
-            folder = _begun(run, config, stage_config, space)
+            folder = _begun(run, config, base, space)
             study = create_study(open_storage(folder.storage), run.folder.name, folder.objectives)
             log_setting(run, config, TuneConfig, bench.manifest)
             (run.artifacts / "space.yaml").write_text(
@@ -96,13 +96,14 @@ def find_space(given: str | None, stage: str, config: StageConfig) -> Space:
     raise StocktakeError(f"--space {given}: no such file; in experiments/ there are: {there or 'none'}")
 
 
-def _stage_config(config: TuneConfig) -> StageConfig:
+def stage_config(config: TuneConfig) -> StageConfig:
+    """The config of what is searched: what all trials have in common."""
     kind = STAGES[config.stage]
     names = {field.name for field in dataclasses.fields(kind)} - {"resume"}
     return kind(**{name: getattr(config, name) for name in names})
 
 
-def _begun(run: TrackedRun, config: TuneConfig, stage_config: StageConfig, space: Space) -> StudyFolder:
+def _begun(run: TrackedRun, config: TuneConfig, base: StageConfig, space: Space) -> StudyFolder:
     objectives = OBJECTIVES[: len(config.objectives)]
     pruner = config.pruner
     if pruner == "auto":
@@ -118,7 +119,7 @@ def _begun(run: TrackedRun, config: TuneConfig, stage_config: StageConfig, space
         trials=config.trials or _TRIALS,
         nproc=config.nproc,
         space=space,
-        config=stage_config,
+        config=base,
         database=config.storage,
     )
     folder.write()
@@ -131,7 +132,7 @@ def _resumed(config: TuneConfig, folder: StudyFolder) -> StudyFolder:
     Raises:
         StocktakeError: another setting is given than it was begun with.
     """
-    given, usual = _stage_config(config), STAGES[config.stage]()
+    given, usual = stage_config(config), STAGES[config.stage]()
     asked: dict[str, tuple[Any, Any, Any]] = {
         field.name: (getattr(given, field.name), getattr(usual, field.name), getattr(folder.config, field.name, None))
         for field in dataclasses.fields(given)
