@@ -58,6 +58,7 @@ def test_models_that_are_no_networks(kind: str, few_bins, tmp_path: Path) -> Non
         ("resnet18", "none"),
         ("efficientnet_lite0", "imagenet"),
         ("mobilenet_v3_small", "none"),
+        ("vit_b_32", "none"),  # attention
     ],
 )
 def test_networks(backbone: str, weights: str, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class SameConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Pad by what the photo's size asks for, and convolve."""
         (kernel, _), (stride, _) = self.kernel_size, self.stride
-        rows, columns = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in input.shape[2:])
+        sides = [int(side) for side in input.shape[2:]]  # numbers while tracing too, not a graph that computes them
+        rows, columns = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in sides)
         return super().forward(F.pad(input, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
 
 
