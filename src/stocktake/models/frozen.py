@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from stocktake.bins.array_cache import ArrayCache
+from stocktake.locks import FileLock
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
 from stocktake.progress import progress
@@ -31,10 +32,27 @@ def extract_features(
     """Features (n, model.head.in_features) of photos, and how many of them had to be computed.
 
     They are kept under the fingerprint of weights and preprocessing, by the photo's content: a second run does not
-    touch the backbone, and a killed one goes on where it was.
+    touch the backbone, and a killed one goes on where it was. Of several processes that want the same features, one
+    computes them and the others wait for it.
     """
     fingerprint = backbone_fingerprint(model, precision)
     cache = ArrayCache(workspace / "cache" / f"features-{fingerprint}", (model.head.in_features,), "float32")
+    computed = 0
+    if cache.missing(hashes):
+        with FileLock(cache.folder / "filling"):
+            computed = _fill(cache, model, photos, hashes, batch_size, precision, device)
+    return cache.read(hashes), computed
+
+
+def _fill(
+    cache: ArrayCache,
+    model: NetworkModel,
+    photos: ArrayCache,
+    hashes: Sequence[str],
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+) -> int:
     missing = cache.missing(hashes)
     model.eval().to(device)
     model.lay_out(precision.channels_last)
@@ -49,7 +67,7 @@ def extract_features(
                 found |= dict(zip(keys, given, strict=True))
                 advance(len(keys))
             cache.add(found)
-    return cache.read(hashes), len(missing)
+    return len(missing)
 
 
 def backbone_fingerprint(model: NetworkModel, precision: Precision) -> str:
