@@ -132,6 +132,16 @@ def test_each_rung_is_an_entry_point(project: Project, entry: str) -> None:
     assert run.data.metrics["test/n"] > 0
 
 
+def test_tune_searches_in_the_run_that_mlflow_opened(project: Project) -> None:
+    parameters = {"image_size": "32", "stage": "classical", "trials": "2", "sampler": "random"}
+    _, run_id = project.run("tune", root=str(project.root), **parameters)
+    run = project.client.get_run(run_id)
+    assert (run.info.status, run.data.tags["stage"]) == ("FINISHED", "tune")
+    children = project.client.search_runs([project.experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert sorted(child.info.run_name for child in children) == ["trial-000", "trial-001"]
+    assert run.data.metrics["val/macro_f1"] == max(child.data.metrics["val/macro_f1"] for child in children)
+
+
 def test_data_and_eda(project: Project) -> None:
     done, _ = project.run("data", root=str(project.root), export=str(project.folder / "tree"))
     assert "metadata/99999.json: record is not JSON" in done.stdout
