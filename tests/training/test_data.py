@@ -18,7 +18,7 @@ def dataset(bench, augment: str, seed: int = 0) -> PhotoDataset:
 
 
 def epoch_of(loader, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    loader.sampler.set_epoch(epoch)
+    loader.batch_sampler.sampler.set_epoch(epoch)
     photos, targets = zip(*loader, strict=True)
     return torch.cat(photos), torch.cat(targets)
 

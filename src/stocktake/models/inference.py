@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stocktake import ranks
 from stocktake.bins.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel
 from stocktake.progress import progress
@@ -16,15 +17,22 @@ from stocktake.progress import progress
 def predict(
     model: CountingModel, photos: ArrayCache, hashes: Sequence[str], batch_size: int, device: torch.device
 ) -> npt.NDArray[np.float64]:
-    """Class probabilities (n, len(labels)) of the photos with these content hashes."""
+    """Class probabilities (n, len(labels)) of the photos with these content hashes.
+
+    The processes of a distributed job call this together. Whole batches are dealt out to them, so that each is computed
+    as one process would, and all get all probabilities.
+    """
     model.eval().to(device)
-    parts = [np.zeros((0, len(model.spec.labels)))]
-    with progress("predicting", len(hashes)) as advance, torch.inference_mode():
-        for start in range(0, len(hashes), batch_size):
+    world = ranks.world()
+    starts = range(0, len(hashes), batch_size)[world.rank :: world.size]
+    parts: dict[int, npt.NDArray[np.float64]] = {}
+    with progress("predicting", len(hashes) * ranks.is_first()) as advance, torch.inference_mode():
+        for start in starts:
             batch = torch.from_numpy(photos.read(hashes[start : start + batch_size])).to(device)
-            parts.append(torch.softmax(model(batch).double(), 1).cpu().numpy())
-            advance(len(batch))
-    return np.concatenate(parts)
+            parts[start] = torch.softmax(model(batch).double(), 1).cpu().numpy()
+            advance(len(batch) * world.size)
+    dealt = {start: part for given in ranks.gather(parts) for start, part in given.items()}
+    return np.concatenate([np.zeros((0, len(model.spec.labels))), *(dealt[start] for start in sorted(dealt))])
 
 
 def pick_device() -> torch.device:

@@ -1,4 +1,8 @@
-"""Photos for training: prepared ones from the cache, augmented the same way for the same seed."""
+"""Photos for training: prepared ones from the cache, augmented the same way for the same seed.
+
+A batch is the batch of all processes together. Each trains on its share of every batch, and looks at whole batches of
+val: the same photos make the same batches, however many processes there are, and none is seen twice.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import pandas as pd
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from stocktake.bins.array_cache import ArrayCache
@@ -88,11 +92,66 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return ((self.epoch, int(row)) for row in order)
 
 
-class BinsDataModule(LightningDataModule):
-    """The train and val splits of a manifest."""
+class BatchSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of one of `size` processes, cut from the order of all rows.
+
+    With `shared`, each batch is shared out: this process has every `size`-th row of every batch. Otherwise whole
+    batches are dealt out in turn, and a process whose turn is missing at the end gets an empty one: all have the same
+    number of batches, since they take each step together.
+    """
 
     def __init__(
-        self, manifest: Manifest, photos: ArrayCache, *, batch_size: int, augment: Augment, workers: int, seed: int
+        self, sampler: EpochSampler, batch_size: int, *, drop_last: bool, shared: bool, rank: int = 0, size: int = 1
+    ) -> None:
+        """Cut the order of `sampler` into batches of `batch_size` rows, over all processes; rank: whose share."""
+        self.sampler = sampler
+        """Lightning tells it the epoch."""
+        self._batch_size = batch_size
+        self._drop_last = drop_last
+        self._shared = shared
+        self._rank = rank
+        self._size = size
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self._batch_size)
+        batches = whole + (rest > 0 and not self._drop_last)
+        return batches if self._shared else -(-batches // self._size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rows = list(self.sampler)
+        batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+        if self._drop_last and batches and len(batches[-1]) < self._batch_size:
+            batches.pop()
+        for step in range(len(self)):
+            if self._shared:
+                yield batches[step][self._rank :: self._size]
+            else:
+                turn = step * self._size + self._rank
+                yield batches[turn] if turn < len(batches) else []
+
+
+def collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """(photos (n, size, size, 3) uint8, class indices (n,)); of no rows, n is 0 and so is the size."""
+    if not rows:
+        return torch.zeros((0, 0, 0, 3), dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
+    photos, targets = default_collate(rows)
+    return photos, targets
+
+
+class BinsDataModule(LightningDataModule):
+    """The train and val splits of a manifest, for one of `size` processes."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        photos: ArrayCache,
+        *,
+        batch_size: int,
+        augment: Augment,
+        workers: int,
+        seed: int,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         super().__init__()
         self._train = PhotoDataset(photos, manifest.split("train"), manifest.labels, augment, seed)
@@ -100,21 +159,28 @@ class BinsDataModule(LightningDataModule):
         self._batch_size = batch_size
         self._workers = workers
         self._seed = seed
+        self._place = {"rank": rank, "size": size}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled; the last short batch of a larger split is dropped, as batch normalisation dislikes it."""
-        return self._loader(self._train, shuffle=True, drop_last=len(self._train) > self._batch_size)
+        rows = EpochSampler(len(self._train), self._seed, shuffle=True)
+        drop_last = len(self._train) > self._batch_size
+        return self._loader(
+            self._train, BatchSampler(rows, self._batch_size, drop_last=drop_last, shared=True, **self._place)
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """In order, complete."""
-        return self._loader(self._val, shuffle=False, drop_last=False)
+        rows = EpochSampler(len(self._val), self._seed, shuffle=False)
+        return self._loader(
+            self._val, BatchSampler(rows, self._batch_size, drop_last=False, shared=False, **self._place)
+        )
 
-    def _loader(self, dataset: PhotoDataset, *, shuffle: bool, drop_last: bool) -> DataLoader[Any]:
+    def _loader(self, dataset: PhotoDataset, batches: BatchSampler) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            batch_size=self._batch_size,
-            sampler=EpochSampler(len(dataset), self._seed, shuffle),
-            drop_last=drop_last,
+            batch_sampler=batches,
+            collate_fn=collate,
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 import signal
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,7 +22,10 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment  # type: ignore[attr-defined]
+from pytorch_lightning.strategies import DDPStrategy
 
+from stocktake import ranks
 from stocktake.bins.array_cache import ArrayCache
 from stocktake.bins.manifest import Manifest
 from stocktake.config import FinetuneConfig
@@ -27,6 +33,7 @@ from stocktake.errors import StocktakeError
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
 from stocktake.progress import shown
+from stocktake.training.batchnorm import synchronised
 from stocktake.training.data import BinsDataModule
 from stocktake.training.module import SETTINGS, NetworkModule, resume_settings
 
@@ -59,32 +66,33 @@ def fit(
 ) -> Fitted:
     """Train `model` in place and leave it at the weights of its best epoch on val.
 
+    The processes of a distributed job call this together, with the same arguments; each trains on its share of every
+    batch, and all end with the same weights.
+
     Args:
         model: with the weights to start from.
         manifest: its train and val splits are used; test is not looked at.
         photos: every photo of the two splits, prepared at the model's size.
         config: epochs, rates, early stopping, ...
         precision: what to compute in.
-        checkpoints: folder of best.ckpt and last.ckpt; a last.ckpt in it is gone on from.
-        on_epoch: told each epoch's figures.
+        checkpoints: folder of best.ckpt and last.ckpt; a last.ckpt in it is gone on from. The first process's: the
+            others need not see it.
+        on_epoch: told each epoch's figures, by the first process.
 
     Raises:
         StocktakeError: settings with which nothing can be learnt, or a last.ckpt that is damaged or was trained with
             other settings.
         KeyboardInterrupt: Ctrl-C; the epochs before it are in last.ckpt.
     """
+    world = ranks.world()
     counts = manifest.counts()["train"].tolist()
-    if config.batch_size < 2:
-        raise StocktakeError(f"--batch_size {config.batch_size}: batch normalisation needs at least 2 photos")
-    if config.training.max_steps == 0:
-        raise StocktakeError("--training.max_steps 0 trains nothing: give 1 or more, or -1 for no limit")
-    if sum(counts) < 2:
-        raise StocktakeError("the train split has fewer than 2 bins: add bins or change --split.fractions")
+    check_batches(config, sum(counts), world.size)
     _quieten()
     seed_everything(config.seed, workers=True, verbose=False)
     workers = config.training.workers
     if workers is None:
-        workers = max(1, (os.cpu_count() or 2) - 1) if torch.cuda.is_available() else 0
+        cores = (os.cpu_count() or 2) // world.local_size
+        workers = max(1, cores - 1) if torch.cuda.is_available() else 0
     data = BinsDataModule(
         manifest,
         photos,
@@ -92,44 +100,124 @@ def fit(
         augment=config.training.augment,
         workers=workers,
         seed=config.seed,
+        rank=world.rank,
+        size=world.size,
     )
     module = NetworkModule(model.lay_out(precision.channels_last), config, counts)
     best = Checkpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
     last = Checkpoint(checkpoints, "last", enable_version_counter=False)
     early = EarlyStopping(MONITORED, mode="max", patience=config.training.patience)
     callbacks: list[Callback] = [LastStep(config.training.max_steps), EpochLine(on_epoch, config.lr), early, best, last]
-    if shown():
+    is_shown = shown() and world.rank == 0
+    if is_shown:
         callbacks.append(TQDMProgressBar(leave=False))
+    is_synchronised = world.size > 1 and config.training.sync_batchnorm
     trainer = Trainer(
         max_epochs=config.epochs,
         max_steps=config.training.max_steps,
         precision="bf16-mixed" if precision.dtype == "bf16" else "32-true",
-        accelerator="auto",
-        devices=1,
         callbacks=callbacks,
         gradient_clip_val=config.training.gradient_clip or None,
         accumulate_grad_batches=config.training.accumulate,
         num_sanity_val_steps=0,
         logger=False,
         enable_model_summary=False,
-        enable_progress_bar=shown(),
+        enable_progress_bar=is_shown,
         use_distributed_sampler=False,  # the sampler of the data module knows its rank
         default_root_dir=checkpoints,
+        **_devices(world, config, is_synchronised),
     )
-    resumed = checkpoints / LAST if (checkpoints / LAST).exists() else None
-    if resumed:
-        check_resumable(resumed, config)
-    with _interruptible():
+    has_earlier = ranks.from_first(lambda: _is_resumable(checkpoints / LAST, config))
+    with (
+        _everywhere(checkpoints / LAST, has_earlier, Path(config.workspace)) as resumed,
+        synchronised(model, world.backend or "") if is_synchronised else nullcontext(),
+        _interruptible(),
+    ):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    state = torch.load(checkpoints / BEST, weights_only=True, map_location="cpu")
-    weights = {key: value for key, value in state["state_dict"].items() if key.startswith("model.")}
-    model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+    best_epoch, weights = ranks.from_first(lambda: _weights(checkpoints / BEST))
+    model.load_state_dict(weights)
     model.lay_out(True).eval()
     return Fitted(
-        best_epoch=int(state["epoch"]) + 1,
+        best_epoch=best_epoch,
         epochs=int(trainer.current_epoch),
         best_val_macro_f1=float(best.best_model_score or 0.0),
     )
+
+
+def check_batches(config: FinetuneConfig, train_bins: int, processes: int) -> None:
+    """Raises StocktakeError for settings with which nothing can be learnt, or that these processes cannot share."""
+    if config.batch_size < 2:
+        raise StocktakeError(f"--batch_size {config.batch_size}: batch normalisation needs at least 2 photos")
+    if config.training.max_steps == 0:
+        raise StocktakeError("--training.max_steps 0 trains nothing: give 1 or more, or -1 for no limit")
+    if train_bins < 2:
+        raise StocktakeError("the train split has fewer than 2 bins: add bins or change --split.fractions")
+    if config.batch_size % processes:
+        raise StocktakeError(
+            f"--batch_size {config.batch_size} cannot be shared by {processes} processes: it is the batch of all of "
+            f"them together, so give a multiple of {processes}"
+        )
+    if min(config.batch_size, train_bins) < 2 * processes:
+        what = "--batch_size" if config.batch_size <= train_bins else "a train split of"
+        raise StocktakeError(
+            f"{what} {min(config.batch_size, train_bins)} leaves a process of {processes} with fewer than 2 photos a "
+            "step: start fewer processes"
+        )
+
+
+def _devices(world: ranks.World, config: FinetuneConfig, is_synchronised: bool) -> dict[str, Any]:
+    """The Trainer's arguments that say where it computes."""
+    if world.size == 1:
+        return {"accelerator": "auto", "devices": 1}
+    strategy = DDPStrategy(
+        process_group_backend=world.backend,
+        timeout=timedelta(seconds=config.training.collective_timeout),
+        broadcast_buffers=not is_synchronised,  # statistics of the whole batch are everywhere the same
+        # a backbone that is still frozen has no gradients to wait for
+        find_unused_parameters=config.training.freeze_epochs > 0,
+    )
+    return {
+        "accelerator": "gpu" if world.backend == "nccl" else "cpu",
+        "devices": world.local_size,
+        "num_nodes": world.nodes,
+        "strategy": strategy,
+        "plugins": [TorchElasticEnvironment()],
+    }
+
+
+@contextmanager
+def _everywhere(file: Path, exists: bool, workspace: Path) -> Iterator[Path | None]:
+    """The first process's file, on every machine; None where it does not exist there."""
+    if not exists:
+        yield None
+        return
+    digest = ranks.from_first(lambda: _digest(file))
+    has_it = file.is_file() and _digest(file) == digest
+    if all(ranks.gather(has_it)):
+        yield file
+        return
+    content = ranks.from_first(file.read_bytes)
+    if has_it:
+        yield file
+        return
+    workspace.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=workspace, prefix="resumed-") as folder:
+        here = Path(folder) / file.name
+        here.write_bytes(content)
+        yield here
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()
+
+
+def _weights(checkpoint: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """The epoch, from 1, and the model's weights."""
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    prefix = "model."
+    weights = {key.removeprefix(prefix): value for key, value in state["state_dict"].items() if key.startswith(prefix)}
+    return int(state["epoch"]) + 1, weights
 
 
 def check_resumable(last: Path, config: FinetuneConfig) -> None:
@@ -143,9 +231,17 @@ def check_resumable(last: Path, config: FinetuneConfig) -> None:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StocktakeError(f"{last} is no checkpoint to go on from ({reason}): train anew without --resume") from None
     now = resume_settings(config)
-    differing = [f"--{name} {then.get(name)} (now {value})" for name, value in now.items() if then.get(name) != value]
+    # a setting that the checkpoint does not know is younger than it
+    differing = [f"--{name} {then[name]} (now {now[name]})" for name in now if then.get(name, now[name]) != now[name]]
     if differing:
         raise StocktakeError(f"{last} was trained with {', '.join(differing)}: give the same, or train anew")
+
+
+def _is_resumable(last: Path, config: FinetuneConfig) -> bool:
+    if not last.exists():
+        return False
+    check_resumable(last, config)
+    return True
 
 
 class Checkpoint(ModelCheckpoint):
@@ -175,12 +271,21 @@ class LastStep(Callback):
 
 
 class EpochLine(Callback):
-    """Prints an epoch's line in the first seed's form, from which a SageMaker tuner reads its objective."""
+    """Prints an epoch's line in the first seed's form, from which a SageMaker tuner reads its objective.
+
+    The first process prints it and asks for the verdict; all of them follow it.
+    """
 
     def __init__(self, on_epoch: EpochVerdict, lr: float) -> None:
         self._on_epoch = on_epoch
         self._lr = lr
         self._started = time.monotonic()
+        self._sigterm = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, _trainer: Trainer, _module: LightningModule) -> None:
+        """Lightning answers SIGTERM with a broadcast, for which processes that are gone would be waited for."""
+        if ranks.world().size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._sigterm)
 
     def on_train_epoch_start(self, _trainer: Trainer, _module: LightningModule) -> None:
         """Start the clock."""
@@ -200,14 +305,17 @@ class EpochLine(Callback):
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         figures["epoch_seconds"] = time.monotonic() - self._started
         epoch = trainer.current_epoch + 1
+        if ranks.from_first(lambda: self._tell(figures, epoch)):
+            trainer.should_stop = True
+
+    def _tell(self, figures: dict[str, float], epoch: int) -> bool:
         print(
             f"epoch={epoch} train_loss={figures['train/loss']:.6f} train_acc={figures['train/accuracy']:.6f} "
             f"val_loss={figures['val/loss']:.6f} val_acc={figures['val/accuracy']:.6f} "
             f"val_macro_f1={figures['val/macro_f1']:.6f} elapsed_sec={figures['epoch_seconds']:.2f}",
             flush=True,
         )
-        if self._on_epoch(figures, epoch):
-            trainer.should_stop = True
+        return self._on_epoch(figures, epoch)
 
 
 @contextmanager
@@ -218,7 +326,7 @@ def _interruptible() -> Iterator[None]:
         yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            raise error.__context__ from None
         raise
     finally:
         if threading.current_thread() is threading.main_thread():

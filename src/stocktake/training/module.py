@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR,
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from stocktake import ranks
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import scores
@@ -41,20 +42,22 @@ class NetworkModule(LightningModule):
         self.train_confusion, self.val_confusion = (MulticlassConfusionMatrix(classes) for _ in range(2))
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
-        """The loss of a batch."""
+        """The loss of a batch, or of this process's share of it: the mean over the processes is the batch's loss."""
         photos, targets = batch
         logits = self.model(photos)
         # a soft target is the class's row of the smoothing table, weighed by the class
         soft = self.get_buffer("smoothing")[targets]
         weights = self.get_buffer("class_weights")[targets]
-        loss = -(soft * F.log_softmax(logits.float(), 1)).sum(1).mul(weights).sum() / weights.sum()
+        loss = -(soft * F.log_softmax(logits.float(), 1)).sum(1).mul(weights).sum() / _mean_over_ranks(weights.sum())
         self.train_loss.update(F.cross_entropy(logits.detach().float(), targets), weight=len(targets))
         self.train_confusion.update(logits.detach().argmax(1), targets)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
-        """Counts a batch."""
+        """Counts a batch, which may be empty: a process without photos still takes part in every step."""
         photos, targets = batch
+        if not len(targets):
+            return
         logits = self.model(photos)
         self.val_loss.update(F.cross_entropy(logits.float(), targets), weight=len(targets))
         self.val_confusion.update(logits.argmax(1), targets)
@@ -125,10 +128,19 @@ class NetworkModule(LightningModule):
         return found | {"loss": loss}
 
 
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes; the value itself where there is one."""
+    size = ranks.world().size
+    if size > 1:
+        torch.distributed.all_reduce(value)
+        value /= size
+    return value
+
+
 def resume_settings(config: FinetuneConfig) -> dict[str, object]:
     """By option, what a training must have in common with the one that it goes on from."""
     names = ["backbone", "image_size", "seed", "batch_size", "lr", "weight_decay"]
-    free = {"workers", "patience"}
+    free = {"workers", "patience", "collective_timeout", "world_size"}
     if config.training.schedule == "constant":
         free.add("max_steps")
     else:
