@@ -340,7 +340,7 @@ def take_trial(study: Study, space: Space, *, sampler: str, seed: int, budget: i
         lock: the same file for all workers of the study.
 
     Returns:
-        None when the budget is used up.
+        None when the budget is used up. The trial's attribute `worker` is this process's id.
     """
     with lock:
         trials = study.get_trials(deepcopy=False)
@@ -348,6 +348,7 @@ def take_trial(study: Study, space: Space, *, sampler: str, seed: int, budget: i
             return None
         make_sampler(sampler, seed, 0)  # refuses a name before there is a trial
         trial = study.ask()
+        trial.set_user_attr("worker", os.getpid())
         study.sampler = make_sampler(sampler, seed, trial.number)
         space.suggest(trial)  # here, so that the next worker's sampler sees what this one is about to try
         return trial

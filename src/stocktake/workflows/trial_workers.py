@@ -131,7 +131,6 @@ def _work(path: Path, tracking: TrackingConfig, database: str | None, threads: i
             )
             if trial is None:
                 break
-            trial.set_user_attr("worker", os.getpid())
             if run_trial(folder, study, trial, bench) is TrialState.FAIL and failure_streak(study):
                 break  # the process that tends the workers sees it too, and ends the study
     except StocktakeError as error:
