@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ backbone:
 """
 
 
+@cache
 def conditional() -> Space:
     return parse_space(yaml.safe_load(CONDITIONAL), FinetuneConfig(), "space.yaml")
 
@@ -171,7 +173,7 @@ def contents(draw: st.DrawFn, free: frozenset[str] = frozenset([*NUMBERS, *WHOLE
     return content
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(contents(), st.integers(0, 1000))
 @example({"weight_decay": {"uniform": [0.0, 5e-324]}}, 0)  # Optuna draws a numpy.float64
 def test_every_suggestion_is_a_valid_config_within_the_bounds_and_is_found_again(content: Any, seed: int) -> None:
@@ -202,7 +204,7 @@ def test_every_suggestion_is_a_valid_config_within_the_bounds_and_is_found_again
     assert space.params({setting: found[setting] for setting in [*found][1:]}) is None
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(contents(), contents())
 def test_a_space_survives_its_json_and_differs_from_others_only(content: Any, other: Any) -> None:
     space, second = (parse_space(one, FinetuneConfig(), "drawn") for one in (content, other))
@@ -486,7 +488,7 @@ def test_a_config_survives_its_experiment(command: str, tmp_path: Path) -> None:
     path = tmp_path / "made" / "experiment.yaml"
     header = [f"mlflow run . -e {command} -P experiment={path}", "", "Seen: a lot\nof it"]
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=12, deadline=None)
     @given(CONFIGS[command])
     def survives(config: Any) -> None:
         write_experiment(path, config, header)

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
+import matplotlib.ticker
 import numpy as np
+from optuna.distributions import IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as draw
@@ -121,7 +122,7 @@ def _history(study: Study) -> Figure:
     return figure
 
 
-_MARKS = {TrialState.PRUNED: (GREY, "pruned"), TrialState.FAIL: (ORANGE, "failed")}
+_MARKS = {TrialState.PRUNED: ("#9A9A9A", "pruned"), TrialState.FAIL: (ORANGE, "failed")}
 
 
 def _importance(study: Study) -> Figure:
@@ -130,7 +131,7 @@ def _importance(study: Study) -> Figure:
     if not axes.patches:
         raise _SkippedError("no setting's importance can be told from these trials")
     figure = _sized(axes, 8.0, 1.6 + 0.42 * len(names))
-    _restyle(axes, _counts(study), "Share of the objective's spread that the setting explains (PED-ANOVA)", "")
+    _restyle(axes, _counts(study), "Share of the spread that the setting explains (PED-ANOVA)", "")
     axes.set_yticks(axes.get_yticks(), [_short(label.get_text()) for label in axes.get_yticklabels()])
     axes.grid(visible=False, axis="y")
     for number, patch in enumerate(axes.patches):
@@ -147,17 +148,28 @@ def _importance(study: Study) -> Figure:
 
 
 def _parallel_coordinates(study: Study) -> Figure:
-    names = _varying(_completed(study, 2))
+    trials = _completed(study, 2)
+    names = _varying(trials)
     objectives = objectives_of(study)
     axes = draw.plot_parallel_coordinate(study, params=names, target_name=objectives[0])
-    figure = _sized(axes, 2.6 + 1.5 * (len(names) + len(objectives) - 1), 5.2)
-    axes.set_title(_counts(study), loc="left", fontsize=11, color=INK, pad=14)
+    figure = _sized(axes, 2.6 + 1.7 * (len(names) + len(objectives) - 1), 5.4)
     axes.set_title("", loc="center")
+    axes.set_title(_counts(study), loc="left", fontsize=9.5, color=GREY, pad=14)
     lines = axes.collections[-1]
     lines.set(linewidth=1.6, alpha=0.85, cmap=_cut("Blues_r" if len(objectives) > 1 else "Blues"))
-    ticks = [_short(label.get_text(), "\n") for label in axes.get_xticklabels()]
-    axes.set_xticks(axes.get_xticks(), ticks, rotation=0, fontsize=9, color=INK)
+    labels = [*objectives, *(_short(name, "\n") for name in names)]  # Optuna's are cut off after some letters
+    axes.set_xticks(axes.get_xticks(), labels, rotation=0, fontsize=9, color=INK)
     axes.tick_params(axis="x", length=0, pad=8)
+    bar, *others = figure.axes[1:]  # the colour bar was made before the axes of the settings
+    bar.set_ylabel("Pareto rank" if len(objectives) > 1 else objectives[0], fontsize=9, color=INK)
+    for one, name in zip(others, [*objectives[1:], *names], strict=True):
+        if one.get_yscale() == "log":
+            _plain_numbers(one.yaxis)
+        texts = [label.get_text() for label in one.get_yticklabels()]
+        if any(name not in trial.params for trial in trials) and "None" in texts:
+            one.set_yticklabels(["-" if text == "None" else text for text in texts])  # does not hold there
+        elif any(isinstance(trial.distributions.get(name), IntDistribution) for trial in trials):
+            one.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=8, integer=True))
     for one in figure.axes:
         one.tick_params(axis="y", labelsize=8, colors=INK)
         one.set_facecolor("none")
@@ -166,8 +178,6 @@ def _parallel_coordinates(study: Study) -> Figure:
             spine.set_color(GREY)
         for label in one.get_yticklabels(which="both"):
             label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})
-    bar = figure.axes[1]  # made before the axes of the settings
-    bar.set_ylabel("Pareto rank" if len(objectives) > 1 else objectives[0], fontsize=9, color=INK)
     headline(figure, f"{study.study_name}: the completed trials, a line each")
     return figure
 
@@ -175,7 +185,8 @@ def _parallel_coordinates(study: Study) -> Figure:
 def _slice(study: Study) -> Figure:
     from matplotlib.gridspec import GridSpec
 
-    names = _varying(_completed(study, 2))
+    trials = _completed(study, 2)
+    names = _varying(trials)
     objective = objectives_of(study)[0]
     drawn = draw.plot_slice(study, params=names, target=_target(study), target_name=objective)
     panels: list[Axes] = [*np.ravel(np.asarray(drawn, dtype=object))]
@@ -190,16 +201,21 @@ def _slice(study: Study) -> Figure:
         _restyle(axes, "", _short(name, "\n"), objective if number % columns == 0 else "")
         axes.set_title("")
         axes.tick_params(labelleft=number % columns == 0, labelbottom=True)
-        values = {value for trial in _completed(study, 2) if (value := trial.params.get(name)) is not None}
-        if axes.get_xscale() != "log" and all(isinstance(value, int) for value in values):
-            axes.locator_params(axis="x", integer=True, nbins=6)
         texts = [label.get_text().strip("'") for label in axes.get_xticklabels()]
-        if any(isinstance(value, str) for value in values):
+        low, high = axes.get_xlim()
+        if any(isinstance(trial.params.get(name), str) for trial in trials):
             axes.set_xticks(axes.get_xticks(), texts, rotation=20 if max(map(len, texts)) > 8 else 0, ha="right")
-            axes.margins(x=0.3)
             axes.set_xlim(-0.5, len(texts) - 0.5)
+        elif axes.get_xscale() == "log":
+            axes.set_xlim(low * (low / high) ** 0.06, high * (high / low) ** 0.06)
+            _plain_numbers(axes.xaxis)
+        else:
+            axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            if _whole(trials, name):
+                axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
         for dots in axes.collections:
             dots.set(edgecolor="white", linewidth=0.5, cmap=_cut("Blues"), sizes=[34])
+            dots.set_clim(0, max(trial.number for trial in trials))  # Optuna scales each panel by itself
     bar = figure.colorbar(panels[0].collections[0], ax=panels, aspect=30, pad=0.02)
     bar.set_label("Trial", fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK, length=0)
@@ -251,10 +267,10 @@ def _way(trial: FrozenTrial, best: FrozenTrial | None) -> tuple[str, str, float,
         return f"the best, trial {best.number}", BLUE, 2.6, 5
     if trial.state in _MARKS:
         color, word = _MARKS[trial.state]
-        return word, color, 0.9, 3
+        return word, color, 0.7, 1
     if trial.state is TrialState.COMPLETE:
         return "completed", "#8FB8D8", 1.2, 2
-    return "unfinished", PALE, 1.2, 1
+    return "unfinished", PALE, 1.2, 1  # running, or killed
 
 
 def _pareto_front(study: Study) -> Figure:
@@ -321,6 +337,8 @@ def _counts(study: Study) -> str:
 def _short(name: str, separator: str = " ") -> str:
     """A parameter's name with the choice that it holds under behind it: `image_size (backbone=resnet18)`."""
     way, _, setting = name.rpartition("/")
+    if separator == "\n":
+        way = way.replace("=", "=\n")
     return f"{setting}{separator}({way})" if way else name
 
 
@@ -349,7 +367,24 @@ def _sized(axes: Any, width: float, height: float) -> Figure:
 def _restyle(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title("", loc="center")
     plain(axes, title, xlabel, ylabel)
-    axes.title.set_fontsize(10)
+    axes.set_title(title, loc="left", fontsize=9.5, color=GREY)
     axes.set_facecolor("white")
     axes.grid(visible=True, color=PALE, linewidth=0.8)
     axes.grid(visible=False, which="minor")
+
+
+def _whole(trials: Sequence[FrozenTrial], name: str) -> bool:
+    """Whether a parameter has whole numbers only."""
+    return all(isinstance(trial.params.get(name, 0), int) for trial in trials)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Mark a logarithmic axis at round numbers, written out: 0.0005. The longer it is, the rounder they are."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (1, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 1.6 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

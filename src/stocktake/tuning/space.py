@@ -21,6 +21,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -427,7 +428,7 @@ def _annotation(config: Any, setting: str, origin: str = "") -> Any:
     """The type of a setting, from its config's fields."""
     kind: Any = type(config)
     for part in setting.split("."):
-        kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+        kind = _types(kind).get(part)
     if kind is None:
         known = [*_settings(type(config))]
         close = [name for name in known if name.rpartition(".")[2] == setting.rpartition(".")[2]]
@@ -440,9 +441,15 @@ def _annotation(config: Any, setting: str, origin: str = "") -> Any:
     return kind
 
 
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    """Field -> type, of a config's class; nothing of any other. Kept: every value that is tried out asks for them."""
+    return get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+
+
 def _settings(kind: Any, prefix: str = "") -> Iterator[str]:
     """The dotted names of all settings that may vary."""
-    for name, annotation in get_type_hints(kind).items():
+    for name, annotation in _types(kind).items():
         if dataclasses.is_dataclass(annotation):
             yield from _settings(annotation, f"{prefix}{name}.")
         elif (prefix + name).partition(".")[0] not in FIXED:
