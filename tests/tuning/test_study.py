@@ -458,7 +458,8 @@ def test_a_trial_ends_in_every_state(objectives: tuple[str, ...], by_number: boo
     assert end(TrialState.PRUNED, values).state is TrialState.PRUNED
     failed = end(TrialState.FAIL, None, reason="no memory for 512", kind="OutOfMemory")
     assert failed.state is TrialState.FAIL
-    assert failed.user_attrs == {"failure.reason": "no memory for 512", "failure.kind": "OutOfMemory"}
+    told = {"failure.reason": "no memory for 512", "failure.kind": "OutOfMemory"}
+    assert failed.user_attrs == {**told, "worker": os.getpid()}
     assert end(TrialState.FAIL, values, reason="lr 0.5 is odd").user_attrs["failure.kind"] == "lr # is odd"
     assert end(TrialState.FAIL, None).user_attrs["failure.reason"] == "no reason is known"
     lost = end(TrialState.COMPLETE, [float("nan"), *values[1:]])
