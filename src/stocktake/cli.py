@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stocktake import __version__, config
+from stocktake import __version__, config, ranks
 from stocktake.errors import StocktakeError
 
 
@@ -28,6 +28,8 @@ class Command:
     config: type
     function: str
     examples: tuple[str, ...]
+    is_distributed: bool = False
+    """Whether torchrun may run it in several processes."""
 
 
 COMMANDS = {
@@ -69,6 +71,16 @@ COMMANDS = {
             "stocktake finetune --backbone resnet34 --weights resnet34-b627a593.pth",
             "stocktake finetune --root ../bins --resume workspace/runs/finetune-1a2b3c",
         ),
+        is_distributed=True,
+    ),
+    "ddp": Command(
+        config.DdpConfig,
+        "ddp:ddp",
+        (
+            "stocktake ddp --nproc 2 --root ../bins --epochs 12",
+            "stocktake ddp --nproc 8 --max_restarts 2 --batch_size 512 --experiment experiments/quick.yaml",
+            "stocktake ddp --nproc 8 --nnodes 2 --node_rank 0 --rendezvous 10.0.0.1:29500",
+        ),
     ),
     "tune": Command(
         config.TuneConfig,
@@ -92,7 +104,7 @@ COMMANDS = {
         config.SyncConfig, "sync:sync", ("stocktake sync", "stocktake sync --tracking.uri http://host:5000")
     ),
 }
-ALIASES = {"main": "ladder"}
+ALIASES = {"main": "ladder", "train": "finetune"}
 _EXPERIMENT = "--experiment"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -108,8 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except StocktakeError as error:
         if debug:
             raise
-        print(f"stocktake: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        if not ranks.is_told():
+            print(f"stocktake: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, ranks.JobFailedError) else 2)
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
@@ -158,6 +171,9 @@ def run(arguments: Sequence[str]) -> object:
         close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], 1)
         hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise StocktakeError(f"{arguments[0]!r} is no command: {hint} (stocktake --help)")
+    processes = ranks.launched().size
+    if processes > 1 and not COMMANDS[name].is_distributed:
+        raise StocktakeError(f"{name} runs in one process, not {processes}: torchrun is for stocktake train")
     settings = parse(name, arguments[1:])
     module, _, function = COMMANDS[name].function.partition(":")
     return getattr(importlib.import_module(f"stocktake.workflows.{module}"), function)(settings)

@@ -272,6 +272,16 @@ class FinetuneConfig(NetworkConfig):
         _bound(self, "lr", least=1e-12, most=100)
         _bound(self, "weight_decay", least=0)
 
+    def check_batch(self, processes: int) -> None:
+        """Raises StocktakeError unless that many processes can share a batch out, at least 2 photos for each."""
+        if self.batch_size < 2:
+            raise StocktakeError(f"--batch_size {self.batch_size}: batch normalisation needs at least 2 photos")
+        if self.batch_size % processes or self.batch_size < 2 * processes:
+            raise StocktakeError(
+                f"--batch_size {self.batch_size} is the batch of all processes together, and {processes} cannot share "
+                f"it: give a multiple of {processes}, from {2 * processes}"
+            )
+
 
 @dataclass
 class DdpConfig(FinetuneConfig):

@@ -29,12 +29,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 from stocktake.errors import StocktakeError
 
 T = TypeVar("T")
+LAUNCHER = "STOCKTAKE_LAUNCHER"
+"""Set in the environment of processes that `stocktake ddp` has started."""
 
 _BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.2
@@ -47,6 +50,15 @@ _PREFIX = "stocktake"
 
 class RankFailedError(StocktakeError):
     """Another process of the job failed or was lost, and this one cannot go on without it."""
+
+
+class JobFailedError(StocktakeError):
+    """A job of several processes has failed."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        """exit_code: of the process that failed first; 2 when a user can mend it, 1 otherwise."""
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ def launched() -> World:
 
 def world() -> World:
     """The world that this process has joined."""
-    return _group.world if _group else World()
+    return _world
 
 
 def is_first() -> bool:
@@ -121,6 +133,25 @@ def job() -> str | None:
 def job_of(launcher: int, run_id: str | None = None) -> str:
     """The name of the job of a launching process of this machine."""
     return f"{run_id or os.environ['TORCHELASTIC_RUN_ID']}@{socket.gethostname()}:{launcher}"
+
+
+def choose_backend(processes: int) -> str:
+    """How that many processes of a machine talk: by nccl where each has a GPU of its own, by gloo where there is none.
+
+    Raises:
+        StocktakeError: there are fewer GPUs than processes.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "gloo"
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        raise StocktakeError(
+            f"{processes} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start one a GPU, or set "
+            'CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
+    return "nccl"
 
 
 def _number(name: str, missing: int | None = None) -> int:
@@ -151,9 +182,9 @@ def joined(*, timeout: float, expected: int | None = None) -> Iterator[World]:
         StocktakeError: another number of processes was started, too few came, or they cannot reach each other.
         RankFailedError: another process failed.
     """
-    global _group
+    global _group, _world
     if _group is not None:
-        yield _group.world
+        yield _world
         return
     with _told_to_torchrun():
         there = launched()
@@ -163,19 +194,24 @@ def joined(*, timeout: float, expected: int | None = None) -> Iterator[World]:
                 f"{' was' * (there.size == 1)} started: give torchrun or stocktake ddp as many"
             )
         if there.size == 1:
-            yield there
+            _world = there
+            try:
+                yield there
+            finally:
+                _world = World()
             return
         _group = _Group(there, timeout)
+        _world = _group.world
         try:
             with _group.heeding_signals():
                 try:
-                    yield _group.world
+                    yield _world
                     _group.meet()
                 except BaseException as error:
                     _raise_explained(_group, error)
         finally:
             _group.leave()
-            _group = None
+            _group, _world = None, World()
 
 
 @contextmanager
@@ -243,6 +279,11 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def is_told() -> bool:
+    """Whether this process's error lies where `stocktake ddp` reads it, who tells it in one line for all of them."""
+    return LAUNCHER in os.environ and Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).is_file()
+
+
 def is_gone(rank: int) -> bool:
     """Whether the process of that rank is dead; False where it is on another machine, or there is none."""
     return _group is not None and _group.is_gone(rank)
@@ -256,7 +297,7 @@ class _Group:
 
     def __init__(self, there: World, timeout: float) -> None:
         self._timeout = timeout
-        self.world = replace(there, backend=_backend(there))
+        self.world = replace(there, backend=choose_backend(there.local_size))
         self._tcp = _connect(there, timeout)
         self.name, self._processes, attempt = _shake_hands(self._tcp, there, time.monotonic() + timeout)
         self.world = replace(self.world, attempt=max(there.attempt, attempt))
@@ -505,6 +546,7 @@ class _Pulse(threading.Thread):
 
 _group: _Group | None = None
 """The one that this process has joined."""
+_world = World()
 
 
 def _raise_explained(group: _Group, error: BaseException) -> None:
@@ -601,21 +643,6 @@ def _shake_hands(tcp: Any, there: World, deadline: float) -> tuple[str, list[_Pr
             )
         time.sleep(0.02)
     return name, [_Process(**json.loads(hello)) for hello in found], attempt
-
-
-def _backend(there: World) -> str:
-    """nccl where each process has a GPU of its own, gloo where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "gloo"
-    gpus = torch.cuda.device_count()
-    if there.local_size > gpus:
-        raise StocktakeError(
-            f"{there.local_size} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start one a GPU, or set "
-            'CUDA_VISIBLE_DEVICES="" to train on the CPU'
-        )
-    return "nccl"
 
 
 def _choose_interface(there: World) -> None:

@@ -86,7 +86,12 @@ def fit(
     """
     world = ranks.world()
     counts = manifest.counts()["train"].tolist()
-    check_batches(config, sum(counts), world.size)
+    config.check_batch(world.size)
+    if config.training.max_steps == 0:
+        raise StocktakeError("--training.max_steps 0 trains nothing: give 1 or more, or -1 for no limit")
+    if sum(counts) < 2 * world.size:
+        processes = f" for each of {world.size} processes" if world.size > 1 else ""
+        raise StocktakeError(f"the train split has fewer than 2 bins{processes}: add bins or change --split.fractions")
     _quieten()
     seed_everything(config.seed, workers=True, verbose=False)
     workers = config.training.workers
@@ -142,27 +147,6 @@ def fit(
         epochs=int(trainer.current_epoch),
         best_val_macro_f1=float(best.best_model_score or 0.0),
     )
-
-
-def check_batches(config: FinetuneConfig, train_bins: int, processes: int) -> None:
-    """Raises StocktakeError for settings with which nothing can be learnt, or that these processes cannot share."""
-    if config.batch_size < 2:
-        raise StocktakeError(f"--batch_size {config.batch_size}: batch normalisation needs at least 2 photos")
-    if config.training.max_steps == 0:
-        raise StocktakeError("--training.max_steps 0 trains nothing: give 1 or more, or -1 for no limit")
-    if train_bins < 2:
-        raise StocktakeError("the train split has fewer than 2 bins: add bins or change --split.fractions")
-    if config.batch_size % processes:
-        raise StocktakeError(
-            f"--batch_size {config.batch_size} cannot be shared by {processes} processes: it is the batch of all of "
-            f"them together, so give a multiple of {processes}"
-        )
-    if min(config.batch_size, train_bins) < 2 * processes:
-        what = "--batch_size" if config.batch_size <= train_bins else "a train split of"
-        raise StocktakeError(
-            f"{what} {min(config.batch_size, train_bins)} leaves a process of {processes} with fewer than 2 photos a "
-            "step: start fewer processes"
-        )
 
 
 def _devices(world: ranks.World, config: FinetuneConfig, is_synchronised: bool) -> dict[str, Any]:

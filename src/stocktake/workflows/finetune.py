@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+import torch
 
+from stocktake import ranks
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.figures import plot_curves
@@ -18,14 +20,26 @@ from stocktake.tracking.runs import TrackedRun
 from stocktake.training.fit import LAST, EpochVerdict, Fitted, fit
 from stocktake.workflows.rung import Bench, Rung, record_model, rung_run, set_up
 
+LR_RULE = "lr belongs to the global batch: it is the same for any number of processes"
 
-def finetune(config: FinetuneConfig, bench: Bench | None = None, parent: TrackedRun | None = None) -> Rung:
-    """Train, evaluate and log; alone or as a rung of a ladder."""
-    bench = bench or set_up(config)
-    with rung_run(config, FinetuneConfig, bench, "finetune", parent) as (run, began):
-        model, fitted = train_network(run, config, bench)
-        metrics = record_model(run, model, config, bench, step=fitted.epochs + 1, batch_size=config.batch_size)
-    return Rung("finetune", metrics, run, time.monotonic() - began, config.backbone)
+
+def finetune(
+    config: FinetuneConfig,
+    bench: Bench | None = None,
+    parent: TrackedRun | None = None,
+    should_stop: EpochVerdict | None = None,
+) -> Rung:
+    """Train, evaluate and log; alone, as a rung of a ladder, or as one of the processes that torchrun has started.
+
+    Several processes have one run, of the first one, which alone is asked `should_stop` after each epoch.
+    """
+    with ranks.joined(timeout=config.training.collective_timeout, expected=config.training.world_size) as world:
+        stage = "ddp" if world.size > 1 else "finetune"
+        bench = bench or set_up(config)
+        with rung_run(config, FinetuneConfig, bench, stage, parent) as (run, began):
+            model, fitted = train_network(run, config, bench, should_stop)
+            metrics = record_model(run, model, config, bench, step=fitted.epochs + 1, batch_size=config.batch_size)
+    return Rung(stage, metrics, run, time.monotonic() - began, config.backbone)
 
 
 def train_network(
@@ -34,18 +48,19 @@ def train_network(
     """Train on the train split and leave the network at its best epoch on val.
 
     A last.ckpt in the run's folder is gone on from. `should_stop` is told each epoch's figures and its number from 1,
-    and may end the training.
+    and may end the training. The processes of a distributed job call this together; the first one's `run` and
+    `should_stop` count.
     """
     manifest = bench.manifest
-    checkpoints = run.folder / "checkpoints"
-    if config.resume:
-        checkpoints = resumed_checkpoints(Path(config.resume), manifest.fingerprint)
-        run.set_tags({"resumed_from": config.resume})
+    world = ranks.world()
+    if world.size > 1:
+        _log_world(run, config, world)
+    checkpoints = ranks.from_first(lambda: _checkpoints(run, config, manifest.fingerprint))
     model = create_network(manifest.labels, config.image_size, config.backbone, config.weights, seed=config.seed)
-    precision = choose_precision(model, "train", config.precision, pick_device(), Path(config.workspace))
+    precision = ranks.from_first(
+        lambda: choose_precision(model, "train", config.precision, pick_device(), Path(config.workspace))
+    )
     run.set_tags({"precision": str(precision)})
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / DATA).write_text(manifest.fingerprint)
     epochs: list[dict[str, float]] = []
 
     def on_epoch(figures: Mapping[str, float], epoch: int) -> bool:
@@ -58,6 +73,29 @@ def train_network(
     if epochs:
         plot_curves(pd.DataFrame(epochs), run.artifacts / "curves.png")
     return model, fitted
+
+
+def _log_world(run: TrackedRun, config: FinetuneConfig, world: ranks.World) -> None:
+    run.set_tags({"world_size": world.size, "backend": world.backend, "nodes": world.nodes})
+    run.log_params(
+        {
+            "global_batch": config.batch_size,
+            "batch_per_process": config.batch_size // world.size,
+            "threads_per_process": torch.get_num_threads(),
+            "lr_rule": LR_RULE,
+        }
+    )
+
+
+def _checkpoints(run: TrackedRun, config: FinetuneConfig, fingerprint: str) -> Path:
+    """Where the checkpoints of this training lie."""
+    checkpoints = run.folder / "checkpoints"
+    if config.resume:
+        checkpoints = resumed_checkpoints(Path(config.resume), fingerprint)
+        run.set_tags({"resumed_from": config.resume})
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (checkpoints / DATA).write_text(fingerprint)
+    return checkpoints
 
 
 DATA = "data-fingerprint"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -10,18 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import yaml
 
+from stocktake import ranks
 from stocktake.bins.array_cache import ArrayCache
 from stocktake.bins.manifest import Manifest, build_manifest
 from stocktake.bins.photos import prepare_photos
 from stocktake.bins.splits import Split
-from stocktake.config import ImageConfig
+from stocktake.config import ImageConfig, TrackingConfig
+from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import confusion_matrix
 from stocktake.evaluation.report import write_report
 from stocktake.models.checkpoint import save_model
@@ -29,10 +33,13 @@ from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import pick_device, predict
 from stocktake.serving.counter import FOLDER
-from stocktake.tracking.folder import DatasetRecord
-from stocktake.tracking.runs import TrackedRun, start_run
+from stocktake.tracking.backlog import end_run
+from stocktake.tracking.folder import FAILED, FINISHED, KILLED, RUNNING, DatasetRecord, RunFolder
+from stocktake.tracking.runs import NullRun, TrackedRun, start_run
 
 MODEL = "model"
+_JOB = "ddp.job"
+_LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,27 @@ def set_up(config: ImageConfig) -> Bench:
     Raises:
         StocktakeError: bins, task or workspace cannot be used, or a quantity has no bin to learn from.
     """
-    manifest = build_manifest(config)
-    manifest.require_train_classes()
+    with ranks.leaders_first():
+        manifest = build_manifest(config)
+        manifest.require_train_classes()
+        if ranks.is_first():
+            _tell(manifest, config.task)
+        photos = prepare_photos(manifest.source, manifest.bins, config.image_size, Path(config.workspace))
+    fingerprints = ranks.gather(manifest.fingerprint)
+    if len(set(fingerprints)) > 1:
+        other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
+        raise StocktakeError(
+            f"--root {config.root} holds other bins for rank {other} (fingerprint {fingerprints[other]}) than for "
+            f"rank 0 ({fingerprints[0]}): give every machine the same bins, --task, --list and --split"
+        )
+    return Bench(manifest, photos)
+
+
+def _tell(manifest: Manifest, task: str) -> None:
     counts = manifest.counts().sum()
     aside = f", {len(manifest.set_aside)} set aside" if len(manifest.set_aside) else ""
     print(
-        f"{len(manifest.bins)} bins of task {config.task} in {manifest.source.root}: "
+        f"{len(manifest.bins)} bins of task {task} in {manifest.source.root}: "
         f"{counts['train']} train, {counts['val']} val, {counts['test']} test{aside} "
         f"(data fingerprint {manifest.fingerprint})",
         flush=True,
@@ -74,7 +96,6 @@ def set_up(config: ImageConfig) -> Bench:
     bare = [f"{split} {label}" for split, label, n in manifest.counted() if n == 0]
     if bare:
         print(f"warning: no bin in {', '.join(bare)}; such a class counts 0 in macro-F1", flush=True)
-    return Bench(manifest, prepare_photos(manifest.source, manifest.bins, config.image_size, Path(config.workspace)))
 
 
 @contextmanager
@@ -83,18 +104,72 @@ def rung_run(
 ) -> Iterator[tuple[TrackedRun, float]]:
     """The run of one rung: a child of the ladder's, or its own. Yields it with the time it began.
 
-    Of a ladder's config only the settings of this `kind` are logged: a majority class has no backbone.
+    Of a ladder's config only the settings of this `kind` are logged: a majority class has no backbone. In a
+    distributed job the first process has the run, and the others a NullRun.
     """
     began = time.monotonic()
     tags = run_tags(config, bench.manifest, stage)
-    opened = (
-        parent.child(stage, tags)
-        if parent is not None
-        else start_run(config.tracking, workspace=Path(config.workspace), name=stage, tags=tags)
-    )
-    with opened as run:
-        log_setting(run, config, kind, bench.manifest)
+    with parent.child(stage, tags) if parent is not None else _own_run(config, stage, tags) as run:
+        if ranks.is_first():
+            log_setting(run, config, kind, bench.manifest)
         yield run, began
+
+
+@contextmanager
+def _own_run(config: ImageConfig, stage: str, tags: Mapping[str, object]) -> Iterator[TrackedRun]:
+    workspace = Path(config.workspace)
+    if not ranks.is_first():
+        os.environ.pop("MLFLOW_RUN_ID", None)
+        folder = ranks.from_first(lambda: workspace)
+        with _ended_for_the_dead(folder, config.tracking):
+            yield cast("TrackedRun", NullRun(folder))  # what it lacks of a TrackedRun is asked of the first one only
+        return
+    job = ranks.job()
+    earlier = find_run(workspace / "runs", job) if job and ranks.world().attempt else None
+    with (
+        start_run(config.tracking, workspace=workspace, name=stage, tags=tags, reopen=earlier) as run,
+        ranks.explained(),
+    ):
+        if job:
+            run.set_tags({_JOB: job, "restarts": ranks.world().attempt})
+        if earlier:
+            print(f"restart {ranks.world().attempt}: going on with {run.folder}", flush=True)
+        ranks.from_first(lambda: run.folder)
+        yield run
+
+
+def find_run(runs: Path, job: str) -> Path | None:
+    """The folder of the latest run of a distributed job, unless it has finished."""
+    found: list[RunFolder] = []
+    for path in runs.glob("*/tags.json"):
+        try:
+            if json.loads(path.read_text(encoding="utf-8")).get(_JOB) == job:
+                found.append(RunFolder.open(path.parent))
+        except (OSError, ValueError, StocktakeError):  # half written by a process that died
+            continue
+    latest = max(found, key=lambda folder: folder.state.start_ms, default=None)
+    return latest.path if latest and latest.state.status != FINISHED else None
+
+
+@contextmanager
+def _ended_for_the_dead(folder: Path, tracking: TrackingConfig) -> Iterator[None]:
+    """If the first process dies, another one of its machine ends the run for it."""
+    try:
+        with ranks.explained():
+            yield
+    except BaseException as error:
+        if ranks.is_gone(0):
+            end_dead_run(folder, tracking, KILLED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
+        raise
+
+
+def end_dead_run(folder: Path, tracking: TrackingConfig, status: str, reason: str) -> None:
+    """End a run whose process is gone without having ended it; a process that still lets go of it is waited for."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while (folder / "run.json").is_file() and RunFolder.open(folder).state.status == RUNNING:
+        if end_run(folder, tracking, status=status, reason=reason) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
 
 
 def run_tags(config: ImageConfig, manifest: Manifest, stage: str) -> dict[str, str]:
@@ -112,7 +187,7 @@ def log_setting(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], m
     names = {field.name for field in dataclasses.fields(kind)} - {"tracking", "workspace", "resume"}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
     run.log_params(flatten(settings))
-    (run.artifacts / "config.yaml").write_text(yaml.safe_dump(_plain(settings), sort_keys=False))
+    (run.artifacts / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False))
     installed = {f"{one.metadata['Name']}=={one.version}" for one in distributions()}
     (run.artifacts / "environment.txt").write_text("\n".join(sorted(installed, key=str.lower)) + "\n")
     run.log_dataset(dataset_record(manifest), "training")
@@ -136,15 +211,21 @@ def record_model(
 ) -> dict[str, float]:
     """Evaluate a finished model on val and test, save it, and hand all of it to its run.
 
-    The test split is read here and nowhere else: everything was chosen on val before.
+    The test split is read here and nowhere else: everything was chosen on val before. The processes of a distributed
+    job call this together: all predict, the first one saves.
 
     Returns:
         `val/...` and `test/...` metrics with intervals.
     """
-    from stocktake.serving.pyfunc import save_pyfunc
-
     metrics = record_split(run, model, config, bench, "val", batch_size=batch_size)
     metrics |= record_split(run, model, config, bench, "test", batch_size=batch_size)
+    ranks.from_first(lambda: _keep_model(run, model, bench, metrics, step))
+    return metrics
+
+
+def _keep_model(run: TrackedRun, model: CountingModel, bench: Bench, metrics: dict[str, float], step: int) -> None:
+    from stocktake.serving.pyfunc import save_pyfunc
+
     run.log_metrics(metrics, step=step)
     save_model(model, run.artifacts / "checkpoint")
     example = bench.manifest.source.photo(str(bench.manifest.bins["id"].iloc[0]))
@@ -152,7 +233,6 @@ def record_model(
         exported = Path(temporary) / FOLDER
         export_model(model, exported)
         run.log_model(save_pyfunc(exported, run.folder / "models" / MODEL, example), MODEL)
-    return metrics
 
 
 def record_split(
@@ -160,19 +240,25 @@ def record_split(
 ) -> dict[str, float]:
     """Evaluate a finished model on one split; the report goes to the run's artifacts.
 
+    The processes of a distributed job call this together; the first one reports.
+
     Returns:
         `SPLIT/...` metrics with intervals, for the run to log.
     """
     bins = bench.manifest.split(split)
     probabilities = predict(model, bench.photos, bins["hash"].tolist(), batch_size, pick_device())
     predictions = prediction_table(bins, probabilities, model.spec.labels)
-    title = f"{run.run_folder.tags['stage']}, {split} split"
-    metrics = write_report(
-        run.artifacts / "evaluation", predictions, model.spec.labels, split=split, title=title, seed=config.seed
-    )
-    if split == "test":
-        print_test_lines(metrics, predictions, model.spec.labels)
-    return metrics
+
+    def report() -> dict[str, float]:
+        title = f"{run.run_folder.tags['stage']}, {split} split"
+        metrics = write_report(
+            run.artifacts / "evaluation", predictions, model.spec.labels, split=split, title=title, seed=config.seed
+        )
+        if split == "test":
+            print_test_lines(metrics, predictions, model.spec.labels)
+        return metrics
+
+    return ranks.from_first(report)
 
 
 def prediction_table(
@@ -209,7 +295,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested settings as YAML takes them: no tuples."""
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: plain(part) for name, part in value.items()}
     return list(value) if isinstance(value, tuple) else value
