@@ -187,8 +187,16 @@ def test_trials_that_fall_behind_are_pruned(make_config: MakeConfig, tmp_path: P
         assert {point.step: point.value for point in curve} == trial.intermediate_values
 
 
+def test_two_objectives_of_a_fine_tuning(make_config: MakeConfig, tmp_path: Path) -> None:
+    space = {"image_size": {"categorical": [24, 32]}}
+    config = make_config(tmp_path / "s", space, trials=2, epochs=1, objectives=("macro_f1", "latency"))
+    tune(config)
+    assert [trial.state for trial in trials_of(config)] == [TrialState.COMPLETE] * 2
+    assert all(trial.values[1] > 0 for trial in trials_of(config))
+
+
 def test_macro_f1_against_latency(make_config: MakeConfig, tmp_path: Path) -> None:
-    space = {"image_size": {"categorical": [16, 32, 64]}}
+    space = {"image_size": {"categorical": [24, 32, 64]}}
     config = make_config(tmp_path / "s", space, stage="frozen", trials=4, objectives=("macro_f1", "latency"))
     tune(config)
     front = pd.read_csv(study_of(config).path / "artifacts" / "pareto" / "front.csv")

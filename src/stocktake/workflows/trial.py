@@ -218,6 +218,10 @@ class Verdict:
     def __init__(self, trial: Trial, epochs: int) -> None:
         self._trial = trial
         self._epochs = epochs
+        self._is_pruned = len(trial.study.directions) == 1
+        """Optuna takes no figures of epochs where there are several objectives."""
+        self._known = {*trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values}
+        """Epochs reported before the trial was cut off."""
         self.epoch = 0
         self.pruned = False
         self.reason = ""
@@ -225,12 +229,13 @@ class Verdict:
     def __call__(self, figures: Mapping[str, float], epoch: int) -> bool:
         """Whether to stop after this epoch."""
         self.epoch = epoch
-        value = figures["val/macro_f1"]
-        self._trial.report(value, epoch)
-        # Several objectives are not pruned, and the last epoch is paid for already.
-        if len(self._trial.study.directions) == 1 and epoch < self._epochs and self._trial.should_prune():
-            self.pruned = True
-            self.reason = f"pruned after epoch {epoch} at val/macro_f1 {value:.3f}"
+        if self._is_pruned:
+            value = figures["val/macro_f1"]
+            if epoch not in self._known:
+                self._trial.report(value, epoch)
+            if epoch < self._epochs and self._trial.should_prune():  # the last epoch is paid for already
+                self.pruned = True
+                self.reason = f"pruned after epoch {epoch} at val/macro_f1 {value:.3f}"
         return self.pruned
 
 
