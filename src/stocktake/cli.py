@@ -92,6 +92,12 @@ COMMANDS = {
             "stocktake tune --resume workspace/runs/tune-1a2b3c --trials 40",
         ),
     ),
+    "trial": Command(
+        config.TrialConfig,
+        "trial:trial",
+        ("stocktake trial --study workspace/runs/tune-1a2b3c --number 3",),
+        is_distributed=True,
+    ),
     "evaluate": Command(
         config.EvaluateConfig,
         "evaluate:evaluate",

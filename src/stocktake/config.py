@@ -364,6 +364,17 @@ class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
 
 
 @dataclass
+class TrialConfig:
+    """Train one trial of a study in several processes: what tune --nproc starts."""
+
+    study: str
+    """Run folder of the study (workspace/runs/tune-...)."""
+    number: int
+    """Which trial; it must be in work."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
 class EvaluateConfig(RunConfig):
     """Evaluate a registered or saved model on a split of any root."""
 

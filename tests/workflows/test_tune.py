@@ -28,7 +28,7 @@ from stocktake.tracking.folder import RunFolder
 from stocktake.workflows.frozen import frozen
 from stocktake.workflows.trial import StudyFolder
 from stocktake.workflows.tune import tune
-from tiny_bins import PLAIN_BACKBONE
+from tiny_bins import PLAIN_BACKBONE, TINY_BACKBONE
 
 pytestmark = pytest.mark.slow
 MakeConfig = Callable[..., TuneConfig]
@@ -231,6 +231,42 @@ def test_what_cannot_be_searched_is_told(
 ) -> None:
     with pytest.raises(StocktakeError, match=said):
         tune(make_config(tmp_path / "s", {"lr": {"uniform": [0.001, 0.01]}}, **settings))
+
+
+def test_a_trial_of_two_processes_is_the_trial_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The same settings in both processes: with others, or half of a prune, the curves would part or the job hang."""
+    space = {"lr": {"log_uniform": [1e-7, 1e-2]}}
+    curves, states = [], []
+    for nproc in (1, 2):
+        folder = tmp_path / str(nproc)
+        config = make_config(
+            folder, space, trials=4, epochs=4, pruner="asha", nproc=nproc, backbone=TINY_BACKBONE, seed=3
+        )
+        tune(config)
+        runs = runs_of(config)
+        assert runs["trial-000"].data.tags.get("world_size", "1") == str(nproc)
+        client = mlflow.MlflowClient(config.tracking.uri, config.tracking.uri)
+        names = sorted(name for name in runs if name.startswith("trial"))
+        points = [client.get_metric_history(runs[name].info.run_id, "train/loss") for name in names]
+        curves.append([point.value for trial in points for point in trial])
+        states.append([trial.state for trial in trials_of(config)])
+    assert states[0] == states[1]
+    assert TrialState.PRUNED in states[0]
+    assert curves[0] == pytest.approx(curves[1], abs=2e-3)
+
+
+def test_a_failed_process_fails_its_trial(make_config: MakeConfig, tmp_path: Path) -> None:
+    space = {"backbone": {"categorical": [TINY_BACKBONE, "resnot18"]}}
+    config = make_config(tmp_path / "s", space, trials=3, epochs=1, nproc=2, seed=1)
+    tune(config)
+    trials, runs = trials_of(config), runs_of(config)
+    failed = [trial for trial in trials if trial.params["backbone"] == "resnot18"]
+    assert 0 < len(failed) < 3
+    for trial in trials:
+        is_failed = trial in failed
+        assert trial.state is (TrialState.FAIL if is_failed else TrialState.COMPLETE)
+        assert runs[f"trial-{trial.number:03d}"].info.status == ("FAILED" if is_failed else "FINISHED")
+    assert all("resnot18" in trial.user_attrs["failure.reason"] for trial in failed)
 
 
 # Killed ------------------------------------------------------------------------------------------------------------

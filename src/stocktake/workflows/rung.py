@@ -109,14 +109,30 @@ def rung_run(
     """
     began = time.monotonic()
     tags = run_tags(config, bench.manifest, stage)
-    with parent.child(stage, tags) if parent is not None else _own_run(config, stage, tags) as run:
+    with parent.child(stage, tags) if parent is not None else own_run(config, stage, tags) as run:
         if ranks.is_first():
             log_setting(run, config, kind, bench.manifest)
         yield run, began
 
 
 @contextmanager
-def _own_run(config: ImageConfig, stage: str, tags: Mapping[str, object]) -> Iterator[TrackedRun]:
+def own_run(
+    config: ImageConfig,
+    name: str,
+    tags: Mapping[str, object],
+    *,
+    parent: Path | None = None,
+    reopen: Path | None = None,
+) -> Iterator[TrackedRun]:
+    """A run of this process, or of the first one of a distributed job, which goes on with it after a restart.
+
+    Args:
+        config: its tracking and workspace.
+        name: of the run.
+        tags: of the run.
+        parent: folder of another process's run, below which it is.
+        reopen: folder of an earlier run to go on with.
+    """
     workspace = Path(config.workspace)
     if not ranks.is_first():
         os.environ.pop("MLFLOW_RUN_ID", None)
@@ -126,8 +142,9 @@ def _own_run(config: ImageConfig, stage: str, tags: Mapping[str, object]) -> Ite
         return
     job = ranks.job()
     earlier = find_run(workspace / "runs", job) if job and ranks.world().attempt else None
+    reopen = earlier or reopen
     with (
-        start_run(config.tracking, workspace=workspace, name=stage, tags=tags, reopen=earlier) as run,
+        start_run(config.tracking, workspace=workspace, name=name, tags=tags, parent=parent, reopen=reopen) as run,
         ranks.explained(),
     ):
         if job:

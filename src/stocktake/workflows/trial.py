@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,23 +17,34 @@ from typing import Any, TypeAlias
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
+from stocktake import ranks
 from stocktake.bins.photos import prepare_photos
-from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, TrackingConfig
+from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, TrackingConfig, TrialConfig
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
 from stocktake.models.checkpoint import save_model
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.serving.counter import Counter
-from stocktake.tracking.folder import write_json
-from stocktake.tracking.runs import TrackedRun, start_run
+from stocktake.tracking.folder import FAILED, write_json
+from stocktake.tracking.runs import TrackedRun
 from stocktake.training.fit import EpochVerdict
 from stocktake.tuning.space import Space, configure
 from stocktake.tuning.study import failure_kind, finish, load_study, make_pruner, open_storage
 from stocktake.workflows.classical import train_classical
+from stocktake.workflows.ddp import launch
 from stocktake.workflows.finetune import train_network
 from stocktake.workflows.frozen import train_frozen
-from stocktake.workflows.rung import Bench, flatten, log_setting, record_split, run_tags
+from stocktake.workflows.rung import (
+    Bench,
+    end_dead_run,
+    flatten,
+    log_setting,
+    own_run,
+    record_split,
+    run_tags,
+    set_up,
+)
 
 StageConfig: TypeAlias = FinetuneConfig | FrozenConfig | ClassicalConfig
 STAGES: dict[str, type[StageConfig]] = {
@@ -44,6 +56,8 @@ STAGES: dict[str, type[StageConfig]] = {
 
 CHECKPOINT = "checkpoint"
 """Where a completed trial's model lies in its run's artifacts."""
+STORAGE = "STOCKTAKE_STUDY_STORAGE"
+"""Variable of the environment by which the processes of a trial know the study's database."""
 _STUDY = "study.json"
 _NOT_OF_THE_STUDY = ("tracking", "workspace", "resume")
 _LATENCY_PHOTOS = 30
@@ -137,10 +151,37 @@ def _reach(dimension: Any) -> list[int]:
     return [int(value) for value in values]
 
 
+def trial(config: TrialConfig) -> None:
+    """`stocktake trial`: train a study's trial in the processes that torchrun has started, and tell the study.
+
+    Raises:
+        StocktakeError: no such study or trial, or what the training failed for; its worker tells the study of that.
+    """
+    folder = StudyFolder.open(Path(config.study), config.tracking, os.environ.get(STORAGE))
+    given = folder.config
+    timeout = given.training.collective_timeout if isinstance(given, FinetuneConfig) else 300.0
+    with ranks.joined(timeout=timeout, expected=folder.nproc):
+        study = folder.load() if ranks.is_first() else None
+        own = None if study is None else _trial(study, config.number)
+        with _silent():
+            bench = set_up(folder.config)
+        state, values = _run(folder, own, config.number, bench)
+        if study is not None:
+            finish(study, config.number, state, values)
+
+
+def _trial(study: Study, number: int) -> Trial:
+    numbered = [trial for trial in study.get_trials(deepcopy=False) if trial.number == number]
+    if not numbered or numbered[0].state is not TrialState.RUNNING:
+        raise StocktakeError(f"--number {number}: no trial of the study {study.study_name} that is in work")
+    return Trial(study, numbered[0]._trial_id)
+
+
 def run_trial(folder: StudyFolder, study: Study, trial: Trial, bench: Bench) -> TrialState:
     """Train what the trial says in a child run, and tell the study how it ended.
 
-    A trial that was begun before goes on in its own run, from its last epoch. The test split is not read.
+    A trial that was begun before goes on in its own run, from its last epoch. The test split is not read. Where the
+    study's trials have several processes, they are started here.
 
     Returns:
         COMPLETE, PRUNED or FAIL.
@@ -149,7 +190,9 @@ def run_trial(folder: StudyFolder, study: Study, trial: Trial, bench: Bench) -> 
         KeyboardInterrupt, SystemExit: the process was asked to end; the trial stays RUNNING, for a resumed study.
     """
     try:
-        state, values = _run(folder, trial, bench)
+        if folder.nproc > 1:
+            return _launch(folder, study, trial)
+        state, values = _run(folder, trial, trial.number, bench)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         finish(study, trial, TrialState.FAIL, reason=reason, kind=failure_kind(error))
@@ -158,23 +201,44 @@ def run_trial(folder: StudyFolder, study: Study, trial: Trial, bench: Bench) -> 
     return state
 
 
-def _run(folder: StudyFolder, trial: Trial, bench: Bench) -> tuple[TrialState, list[float] | None]:
-    config = configure(folder.config, folder.space.suggest(trial))
-    workspace = Path(config.workspace)
-    begun = trial.user_attrs.get("folder")
+def _launch(folder: StudyFolder, study: Study, trial: Trial) -> TrialState:
+    """The trial as a job of its own; its first process tells the study how it went."""
+    tracking = folder.config.tracking
+    words = ["trial", "--study", str(folder.path), "--number", str(trial.number)]
+    words += ["--tracking.offline", str(tracking.offline).lower(), "--tracking.experiment", tracking.experiment]
+    words += ["--tracking.system_metrics", str(tracking.system_metrics).lower()]
+    secret = {
+        STORAGE: folder.database,
+        "MLFLOW_TRACKING_URI": tracking.uri,
+        "MLFLOW_REGISTRY_URI": tracking.registry_uri,
+    }
+    os.environ.update({name: value for name, value in secret.items() if value})  # not for all to see in a process list
+    try:
+        launch(words, nproc=folder.nproc)
+    except StocktakeError as error:
+        begun = study.get_trials(deepcopy=False)[trial.number].user_attrs.get("folder")
+        if begun:
+            end_dead_run(folder.path.parent / begun, tracking, FAILED, str(error))
+        raise
+    return study.get_trials(deepcopy=False)[trial.number].state
+
+
+def _run(folder: StudyFolder, trial: Trial | None, number: int, bench: Bench) -> tuple[TrialState, list[float] | None]:
+    """Train in a child run. The processes of a distributed job call this together; the first one has the trial."""
+    settings = ranks.from_first(lambda: folder.space.suggest(trial) if trial else {})
+    config = configure(folder.config, settings)
+    begun = folder.path.parent / str(trial.user_attrs.get("folder", "-")) if trial else None
     tags = run_tags(config, bench.manifest, "trial") | {
-        "trial": str(trial.number),
+        "trial": str(number),
         "trial.stage": folder.stage,
         "trial.state": "running",
     }
-    with start_run(
-        config.tracking,
-        workspace=workspace,
-        name=f"trial-{trial.number:03d}",
-        tags=tags,
-        parent=folder.path,
-        reopen=workspace / "runs" / begun if begun and (workspace / "runs" / begun).is_dir() else None,
-    ) as run:
+    name = f"trial-{number:03d}"
+    reopen = begun if begun and begun.is_dir() else None
+    with own_run(config, name, tags, parent=folder.path, reopen=reopen) as run:
+        if trial is None:
+            with _silent():
+                return _train(run, folder, config, None, bench)
         trial.set_user_attr("folder", run.folder.name)
         if run.run_id:
             trial.set_user_attr("run", run.run_id)
@@ -192,36 +256,45 @@ def _run(folder: StudyFolder, trial: Trial, bench: Bench) -> tuple[TrialState, l
     return state, values
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def _train(
-    run: TrackedRun, folder: StudyFolder, config: StageConfig, trial: Trial, bench: Bench
+    run: TrackedRun, folder: StudyFolder, config: StageConfig, trial: Trial | None, bench: Bench
 ) -> tuple[TrialState, list[float] | None]:
-    photos = prepare_photos(bench.manifest.source, bench.manifest.bins, config.image_size, Path(config.workspace))
+    with ranks.leaders_first():
+        photos = prepare_photos(bench.manifest.source, bench.manifest.bins, config.image_size, Path(config.workspace))
     bench = dataclasses.replace(bench, photos=photos)
     verdict = Verdict(trial, getattr(config, "epochs", 1))
     model = _TRAIN[folder.stage](run, config, bench, verdict)
-    if verdict.pruned:
+    if ranks.broadcast(verdict.pruned):
         run.set_tags({"trial.reason": verdict.reason})
         return TrialState.PRUNED, None
     metrics = record_split(run, model, config, bench, "val", batch_size=getattr(config, "batch_size", 64))
     values = [metrics["val/macro_f1"]]
     if "latency_ms" in folder.objectives:
-        metrics["latency_ms"] = measure_latency(model, bench)
+        metrics["latency_ms"] = ranks.from_first(lambda: measure_latency(model, bench))
         values.append(metrics["latency_ms"])
     run.log_metrics(metrics, step=verdict.epoch + 1)
-    save_model(model, run.artifacts / CHECKPOINT)
+    if ranks.is_first():
+        save_model(model, run.artifacts / CHECKPOINT)
     return TrialState.COMPLETE, values
 
 
 class Verdict:
     """Tells the study each epoch's val/macro_f1, and ends the training when the study's pruner would."""
 
-    def __init__(self, trial: Trial, epochs: int) -> None:
+    def __init__(self, trial: Trial | None, epochs: int) -> None:
+        """trial: None in a process that has none, and that is never asked."""
         self._trial = trial
         self._epochs = epochs
-        self._is_pruned = len(trial.study.directions) == 1
-        """Optuna takes no figures of epochs where there are several objectives."""
-        self._known = {*trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values}
+        self._known: set[int] = set()
         """Epochs reported before the trial was cut off."""
+        if trial is not None:
+            self._known = {*trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values}
         self.epoch = 0
         self.pruned = False
         self.reason = ""
@@ -229,7 +302,8 @@ class Verdict:
     def __call__(self, figures: Mapping[str, float], epoch: int) -> bool:
         """Whether to stop after this epoch."""
         self.epoch = epoch
-        if self._is_pruned:
+        # Optuna takes no figures of epochs where there are several objectives
+        if self._trial is not None and len(self._trial.study.directions) == 1:
             value = figures["val/macro_f1"]
             if epoch not in self._known:
                 self._trial.report(value, epoch)
