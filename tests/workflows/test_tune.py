@@ -30,7 +30,7 @@ from stocktake.workflows.trial import StudyFolder
 from stocktake.workflows.tune import tune
 from tiny_bins import PLAIN_BACKBONE, TINY_BACKBONE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MakeConfig = Callable[..., TuneConfig]
 
 

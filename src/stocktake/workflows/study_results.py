@@ -31,6 +31,7 @@ def record_study(run: TrackedRun, folder: StudyFolder, study: Study) -> None:
     table = trials_table(study)
     table.to_csv(run.artifacts / "trials.csv", index=False)
     skipped = plot_study(study, run.artifacts / "figures")
+    (run.artifacts / "figures").mkdir(exist_ok=True)
     reasons = [f"{name}: {reason}" for name, reason in skipped.items() if reason]
     (run.artifacts / "figures" / "left_out.txt").write_text("\n".join(reasons) + "\n")
     best = best_trial(study)
