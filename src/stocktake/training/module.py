@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +39,8 @@ class NetworkModule(LightningModule):
             weights = sum(train_counts) / (classes * torch.tensor(train_counts, dtype=torch.float32))
         self.register_buffer("class_weights", weights, persistent=False)
         self.register_buffer("smoothing", smoothed_targets(classes, config), persistent=False)
-        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
+        # a loss that is no number is kept: the default drops it, and "disable" drops the weights (torchmetrics 1.9)
+        self.train_loss, self.val_loss = (MeanMetric(nan_strategy=math.nan) for _ in range(2))
         self.train_confusion, self.val_confusion = (MulticlassConfusionMatrix(classes) for _ in range(2))
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
