@@ -1,0 +1,146 @@
+"""Two machines: network namespaces joined by a veth pair, a torchrun in each, a workspace of its own for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from tiny_bins import PLAIN_BACKBONE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ADDRESSES = ("10.213.7.1", "10.213.7.2")
+PORT = "29611"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A network namespace with one address."""
+
+    namespace: str
+    interface: str
+
+    def ip(self, *words: str) -> None:
+        subprocess.run(["ip", "-n", self.namespace, *words], check=True, capture_output=True, text=True)
+
+    def cut_off(self) -> None:
+        """Nothing comes in or goes out any more, and nobody is told."""
+        self.ip("link", "set", self.interface, "down")
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[Machine, Machine]]:
+    """Two machines that reach each other, made and removed here."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and `ip` (iproute2)")
+    made = tuple(
+        Machine(f"stocktake-{os.getpid()}-{number}", f"st{os.getpid() % 100000}n{number}") for number in (0, 1)
+    )
+    try:
+        for machine in made:
+            done = subprocess.run(["ip", "netns", "add", machine.namespace], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"network namespaces are not allowed here: {done.stderr.strip()}")
+        one, other = made
+        ends = ["type", "veth", "peer", "name", other.interface, "netns", other.namespace]
+        done = subprocess.run(
+            ["ip", "link", "add", one.interface, "netns", one.namespace, *ends], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"veth pairs are not allowed here: {done.stderr.strip()}")
+        for machine, address in zip(made, ADDRESSES, strict=True):
+            machine.ip("addr", "add", f"{address}/24", "dev", machine.interface)
+            machine.ip("link", "set", machine.interface, "up")
+            machine.ip("link", "set", "lo", "up")
+        yield one, other
+    finally:
+        for machine in made:
+            subprocess.run(["ip", "netns", "del", machine.namespace], capture_output=True)
+
+
+@pytest.fixture
+def start(
+    machines: tuple[Machine, Machine], tiny_root: Path, store: str, tmp_path: Path
+) -> Iterator[Callable[..., list[subprocess.Popen[bytes]]]]:
+    """start("--epochs", "2"): the same torchrun on both machines; those that still run at the end are killed."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def begin(*more: str) -> list[subprocess.Popen[bytes]]:
+        for node, machine in enumerate(machines):
+            torchrun = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node)]
+            torchrun += ["--master_addr", ADDRESSES[0], "--master_port", PORT]
+            words = ["train", "--root", str(tiny_root), "--task", "1-3", "--image_size", "32", "--batch_size", "16"]
+            words += ["--backbone", PLAIN_BACKBONE, "--weights", "none", "--precision", "fp32"]
+            words += ["--split.fractions", "[0.6,0.2,0.2]", "--split.twin_distance", "0", "--training.patience", "1000"]
+            words += ["--workspace", str(tmp_path / f"machine-{node}"), "--tracking.uri", store]
+            words += ["--tracking.system_metrics", "false", *more]
+            command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "stocktake", *words]
+            with (tmp_path / f"log-{node}.txt").open("wb") as log:
+                processes.append(
+                    subprocess.Popen(["ip", "netns", "exec", machine.namespace, *command], stdout=log, stderr=log)
+                )
+        return processes
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def logs(folder: Path) -> str:
+    return "".join(f"--- machine {node}\n{(folder / f'log-{node}.txt').read_text()}" for node in (0, 1))
+
+
+def the_run(store: str) -> mlflow.entities.Run:
+    client = mlflow.MlflowClient(store, store)
+    experiment = client.get_experiment_by_name("stocktake")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def test_two_machines_train_one_run(
+    start: Callable[..., list[subprocess.Popen[bytes]]], store: str, tmp_path: Path
+) -> None:
+    processes = start("--epochs", "2")
+    for process in processes:
+        assert process.wait(300) == 0, logs(tmp_path)
+    run = the_run(store)
+    assert run.info.status == "FINISHED"
+    assert (run.data.tags["world_size"], run.data.tags["nodes"], run.data.tags["backend"]) == ("2", "2", "gloo")
+    assert run.data.metrics["test/n"] == 18
+    assert len(re.findall(r"^epoch=\d+ ", (tmp_path / "log-0.txt").read_text(), re.MULTILINE)) == 2
+    assert "epoch=" not in (tmp_path / "log-1.txt").read_text()
+    assert not list((tmp_path / "machine-1" / "runs").glob("*"))  # the run is the first machine's
+
+
+def test_a_machine_that_is_cut_off_ends_the_job(
+    start: Callable[..., list[subprocess.Popen[bytes]]],
+    machines: tuple[Machine, Machine],
+    store: str,
+    tmp_path: Path,
+) -> None:
+    processes = start("--epochs", "2000", "--training.schedule", "constant", "--training.collective_timeout", "15")
+    deadline = time.monotonic() + 200
+    while "epoch=2 " not in (tmp_path / "log-0.txt").read_text():
+        assert time.monotonic() < deadline, logs(tmp_path)
+        assert all(process.poll() is None for process in processes), logs(tmp_path)
+        time.sleep(0.2)
+    machines[1].cut_off()
+    began = time.monotonic()
+    for process in processes:
+        assert process.wait(120) != 0, logs(tmp_path)
+    assert time.monotonic() - began < 90
+    run = the_run(store)
+    assert run.info.status == "FAILED"
+    assert "rank 1" in run.data.tags["failure"], json.dumps(dict(run.data.tags), indent=1)
