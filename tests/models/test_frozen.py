@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from stocktake.errors import StocktakeError
 from stocktake.models import frozen as frozen_module
 from stocktake.models.frozen import backbone_fingerprint, extract_features, fit_head
 from stocktake.models.network import NetworkModel, create_network
@@ -121,6 +122,25 @@ def test_the_head_is_scikit_learns_on_standardised_features(labels: tuple[int, .
     agree = np.array(labels)[shares.argmax(1)] == expected.predict(features)
     assert agree.mean() > 0.99
     assert len(set(shares.argmax(1))) > 1
+
+
+def test_the_heads_weights_are_scikit_learns_to_many_digits() -> None:
+    rng = np.random.default_rng(1)
+    quantities = rng.choice([1, 2, 3], 300, p=[0.6, 0.3, 0.1])
+    model = network()
+    features = (rng.normal(3, 2, (300, 1024)) + rng.normal(0, 0.3, 1024) * quantities[:, None]).astype(np.float32)
+    fit_head(model, features, quantities, c=1e-4, balanced=True)
+    mean, std = features.mean(0), features.std(0) + np.float32(1e-6)
+    same = LogisticRegression(C=1e-4, class_weight="balanced", max_iter=200, tol=1e-3)
+    expected = same.fit((features - mean) / std, quantities).coef_ / std
+    np.testing.assert_allclose(model.head.weight.detach().numpy(), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_features_that_are_no_numbers_are_one_clear_error() -> None:
+    features = np.ones((4, 1024), dtype=np.float32)
+    features[1, 7] = np.nan
+    with pytest.raises(StocktakeError, match=f"--backbone {TINY_BACKBONE} gives features that are not finite"):
+        fit_head(network((1, 2)), features, np.array([1, 2, 1, 2]), c=1.0, balanced=False)
 
 
 def test_bf16_features_are_near_but_kept_apart(tiny_bench, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from stocktake.bins.array_cache import ArrayCache
+from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
@@ -97,16 +98,48 @@ def fit_head(
         quantities: (n,), each of model.spec.labels present.
         c: inverse strength of the L2 penalty.
         balanced: weigh classes by the inverse of their frequency.
-    """
-    from sklearn.linear_model import LogisticRegression
 
-    mean, std = features.mean(0), features.std(0) + np.float32(1e-6)  # float32 throughout: a third of the time less
-    fitted = LogisticRegression(C=c, class_weight="balanced" if balanced else None, max_iter=200, tol=1e-3).fit(
-        (features - mean) / std, quantities
-    )
-    weight, bias = fitted.coef_, fitted.intercept_
-    if len(model.spec.labels) == 2:  # one row for two classes: the second one's
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    Raises:
+        StocktakeError: features that are no numbers.
+    """
+    mean, std = features.mean(0), features.std(0) + np.float32(1e-6)
+    standard = (features - mean) / std
+    if not np.isfinite(standard).all():
+        raise StocktakeError(f"--backbone {model.spec.options['backbone']} gives features that are not finite numbers")
+    targets = np.searchsorted(model.spec.labels, quantities)
+    weight, bias = _logistic_regression(standard, targets, len(model.spec.labels), c, balanced)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight / std))
         model.head.bias.copy_(torch.from_numpy(bias - (weight / std) @ mean))
+
+
+def _logistic_regression(
+    standard: npt.NDArray[np.float32], targets: npt.NDArray[np.integer], classes: int, c: float, balanced: bool
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Weights (classes, d) and biases (classes,) of rows (n, d) that belong to the classes `targets` (n,).
+
+    The problem, the solver and its limits are those of scikit-learn's LogisticRegression(C=c, max_iter=200, tol=1e-3),
+    and so is the answer; but the two products of matrices, which are nearly all of the work, are torch's.
+    """
+    from scipy.optimize import minimize
+
+    rows = torch.from_numpy(standard)
+    wanted = torch.nn.functional.one_hot(torch.from_numpy(targets), classes).float()
+    share = wanted @ (1 / (classes * wanted.sum(0))) if balanced else torch.full((len(rows),), 1 / len(rows))
+    penalty = 1 / (c * len(rows))
+    if classes == 2:  # scikit-learn has one row of weights then, the difference of these two
+        penalty *= 2
+
+    def loss_and_gradient(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        table = torch.from_numpy(flat).view(classes, -1)
+        weight, bias = table[:, :-1], table[:, -1]
+        logs = torch.log_softmax(torch.addmm(bias.float(), rows, weight.float().T), 1)
+        slope = (logs.exp() - wanted) * share[:, None]
+        gradient = torch.cat([(slope.T @ rows).double() + penalty * weight, slope.double().sum(0)[:, None]], 1)
+        loss = penalty / 2 * (weight**2).sum() - (share * (logs * wanted).sum(1)).double().sum()
+        return loss.item(), gradient.view(-1).numpy()
+
+    start = np.zeros(classes * (standard.shape[1] + 1))
+    limits = {"maxiter": 200, "maxls": 50, "gtol": 1e-3, "ftol": 64 * np.finfo(float).eps}
+    found = minimize(loss_and_gradient, start, method="L-BFGS-B", jac=True, options=limits).x.reshape(classes, -1)
+    return found[:, :-1], found[:, -1]
