@@ -28,7 +28,8 @@ from stocktake.config import (
 )
 from stocktake.errors import StocktakeError
 from stocktake.tuning.experiment import write_experiment
-from stocktake.tuning.space import DEFAULT_SPACES, Choice, Range, Space, configure, parse_space, read_space
+from stocktake.tuning.settings import configure
+from stocktake.tuning.space import DEFAULT_SPACES, Choice, Range, Space, parse_space, read_space
 
 CONDITIONAL = """
 lr: {log_uniform: [1.0e-4, 3.0e-3]}

@@ -23,6 +23,7 @@ from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
 from stocktake.tuning.space import Space, parse_space
+from stocktake.tuning.storage import open_storage
 from stocktake.tuning.study import (
     OBJECTIVES,
     PRUNERS,
@@ -35,7 +36,6 @@ from stocktake.tuning.study import (
     make_pruner,
     make_sampler,
     objectives_of,
-    open_storage,
     pareto_front,
     requeue_unfinished,
     take_trial,

@@ -15,26 +15,29 @@ Written in YAML, by the dotted names that the command line has:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeAlias
 
 import yaml
 from optuna.trial import BaseTrial
 
 from stocktake.errors import StocktakeError
-
-Config = TypeVar("Config")
-Scalar: TypeAlias = bool | int | float | str | None
-
-FIXED = frozenset({"root", "list", "workspace", "tracking", "split", "task", "synthetic", "resume", "seed"})
-"""Settings that say what the data and the run are: with them varied, trials could not be compared."""
+from stocktake.tuning.settings import (
+    FIXED,
+    Scalar,
+    configure,
+    finite_number,
+    fit_value,
+    means,
+    setting_type,
+    single,
+    takes,
+    type_in_words,
+    yaml_word,
+)
 
 DEFAULT_SPACES: dict[str, dict[str, Any]] = {
     "finetune": {
@@ -124,7 +127,7 @@ class Choice:
         exact = [
             choice for choice in choices if choice == value and isinstance(choice, bool) == isinstance(value, bool)
         ]
-        return (exact or [choice for choice in choices if isinstance(value, str) and _means(value, choice)])[:1]
+        return (exact or [choice for choice in choices if isinstance(value, str) and means(value, choice)])[:1]
 
     def under(self, chosen: Scalar) -> tuple[Dimension, ...]:
         """What holds under a choice."""
@@ -171,7 +174,7 @@ class Space:
             dimension = waiting.pop(0)
             if dimension.setting not in settings:
                 return None
-            found = dimension.find(_single(settings[dimension.setting]))
+            found = dimension.find(single(settings[dimension.setting]))
             if not found:
                 return None
             params[dimension.name] = found[0]
@@ -282,7 +285,7 @@ class _Reading:
                 f"{at} cannot be varied: the data and the run must stay the same in a study; "
                 f"set --{setting} once for all trials"
             )
-        annotation = _annotation(self.config, setting, f"{self.origin}: ")
+        annotation = setting_type(self.config, setting, f"{self.origin}: ")
         self.meet(setting, name, way)
         kinds = [kind for kind in _KINDS if isinstance(written, Mapping) and kind in written]
         if len(kinds) != 1:
@@ -330,9 +333,9 @@ class _Reading:
             )
         if log and step not in (None, 1):
             raise StocktakeError(f"{at}: log and step {step} do not go together; drop one of them")
-        if not whole and not _takes(annotation, 0.5):
+        if not whole and not takes(annotation, 0.5):
             raise StocktakeError(
-                f"{at}: {kind} draws fractions, but it must be {_in_words(annotation)}; use integer or categorical"
+                f"{at}: {kind} draws fractions, but it must be {type_in_words(annotation)}; use integer or categorical"
             )
         if step is not None:
             high = low + (high - low) // step * step  # the last one that is reached; Optuna would warn of another
@@ -345,7 +348,7 @@ class _Reading:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise StocktakeError(f"{at}: {value!r} is no whole number, as the bounds of integer are")
             return value
-        number = _number(value)
+        number = finite_number(value)
         if number is None:
             raise StocktakeError(f"{at}: {value!r} is no number, as the bounds of {kind} are")
         return number
@@ -376,12 +379,12 @@ class _Reading:
             if value is not None and not isinstance(value, bool | int | float | str):
                 raise StocktakeError(f"{at}: the choice {value!r} must be a single value")
             self.try_out(name, setting, value, chosen)
-            choice: Scalar = _single(_fitted(value, annotation))
+            choice: Scalar = single(fit_value(value, annotation))
             if any(choice == other for other, _ in branches):
-                raise StocktakeError(f"{at}: the choice {_word(choice)} is there twice; keep one")
+                raise StocktakeError(f"{at}: the choice {yaml_word(choice)} is there twice; keep one")
             if inner is not None and not isinstance(inner, Mapping):
                 raise StocktakeError(
-                    f"{at}={_word(choice)} must hold the settings that are varied only under it, not {inner!r}"
+                    f"{at}={yaml_word(choice)} must hold the settings that are varied only under it, not {inner!r}"
                 )
             below = {**chosen, setting: choice}
             branches.append((choice, self.dimensions(inner or {}, below, (*way, (name, choice)))))
@@ -394,161 +397,12 @@ class _Reading:
             raise StocktakeError(f"{self.origin}: {name}: {error}") from None
 
 
-# A config with other settings -----------------------------------------------------------------------------------------
-
-
-def configure(config: Config, settings: Mapping[str, Any]) -> Config:
-    """A copy of a config with some settings replaced; the config's own checks run again.
-
-    Args:
-        config: any of the command's configs.
-        settings: dotted setting -> value. One number for a setting that takes several stands for itself alone.
-
-    Raises:
-        StocktakeError: there is no such setting, or it cannot have that value.
-    """
-    changes: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    for setting, value in settings.items():
-        annotation = _annotation(config, setting)
-        try:
-            fitted = _fitted(value, annotation)
-        except ValueError:
-            raise StocktakeError(f"{setting} must be {_in_words(annotation)}, not {value!r}") from None
-        group, _, rest = setting.partition(".")
-        if rest:
-            groups.setdefault(group, {})[rest] = fitted
-        else:
-            changes[setting] = fitted
-    changes |= {group: configure(getattr(config, group), inner) for group, inner in groups.items()}
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
-
-
-def _annotation(config: Any, setting: str, origin: str = "") -> Any:
-    """The type of a setting, from its config's fields."""
-    kind: Any = type(config)
-    for part in setting.split("."):
-        kind = _types(kind).get(part)
-    if kind is None:
-        known = [*_settings(type(config))]
-        close = [name for name in known if name.rpartition(".")[2] == setting.rpartition(".")[2]]
-        close = close or difflib.get_close_matches(setting, known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}"
-        raise StocktakeError(f"{origin}{setting} is no setting of {type(config).__name__}: {hint}")
-    if dataclasses.is_dataclass(kind):
-        names = [f"{setting}.{field.name}" for field in dataclasses.fields(kind)]
-        raise StocktakeError(f"{origin}{setting} is a group of settings: name one of {', '.join(names)}")
-    return kind
-
-
-@cache
-def _types(kind: Any) -> dict[str, Any]:
-    """Field -> type, of a config's class; nothing of any other. Kept: every value that is tried out asks for them."""
-    return get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-
-
-def _settings(kind: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings that may vary."""
-    for name, annotation in _types(kind).items():
-        if dataclasses.is_dataclass(annotation):
-            yield from _settings(annotation, f"{prefix}{name}.")
-        elif (prefix + name).partition(".")[0] not in FIXED:
-            yield prefix + name
-
-
-def _fitted(value: Any, annotation: Any) -> Any:
-    """The value as a field of this type has it; ValueError if it cannot."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        for argument in arguments:
-            if _takes(argument, value):
-                return _fitted(value, argument)
-        raise ValueError
-    if origin is tuple:
-        several = [*value] if isinstance(value, list | tuple) else [value]
-        wanted = arguments[:1] * len(several) if arguments[1:] == (...,) else arguments
-        return tuple(_fitted(one, argument) for one, argument in zip(several, wanted, strict=True))
-    if origin is Literal:
-        fits = isinstance(value, str) and value in arguments
-    elif annotation is float:
-        value = _number(value)
-        fits = value is not None
-    elif annotation is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    else:  # bool, str, NoneType
-        fits = isinstance(value, annotation)
-    if not fits:
-        raise ValueError
-    return value
-
-
-def _takes(annotation: Any, value: Any) -> bool:
-    try:
-        _fitted(value, annotation)
-    except ValueError:
-        return False
-    return True
-
-
-def _in_words(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_in_words(argument) for argument in arguments)
-    if origin is tuple:
-        return f"{_in_words(arguments[0])}, or several"
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    words = {
-        float: "a number",
-        int: "a whole number",
-        bool: "true or false",
-        str: "text (in quotes, if YAML sees more)",
-    }
-    return words.get(annotation, "null")
-
-
-# Values and their texts -----------------------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> float | None:
-    """A finite number. As text too: YAML 1.1, and so PyYAML, sees none in 1e-4, only in 1.0e-4."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _single(value: Any) -> Any:
-    """What stands alone in a list, a tuple or the text of one; any other value as it is."""
-    if isinstance(value, str) and value.startswith(("[", "(")) and value.endswith(("]", ")")):
-        inner = value[1:-1].strip().removesuffix(",")
-        return value if "," in inner else inner.strip("'\"")
-    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-
-
-def _means(text: str, choice: Scalar) -> bool:
-    """Whether MLflow's text of a parameter stands for the choice."""
-    if choice is None or isinstance(choice, bool):
-        return text.lower() in (str(choice).lower(), _word(choice))
-    return not isinstance(choice, str) and _number(text) == choice
-
-
-def _word(value: Scalar) -> str:
-    """A value as YAML would have it."""
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+# Spaces and their texts -----------------------------------------------------------------------------------------------
 
 
 def _under(name: str, choice: Scalar) -> str:
     """How the names begin of what holds only under a choice."""
-    return f"{name}={_word(choice)}/"
-
-
-# Spaces and their texts -----------------------------------------------------------------------------------------------
+    return f"{name}={yaml_word(choice)}/"
 
 
 def _walk(dimensions: Sequence[Dimension]) -> Iterator[Dimension]:
@@ -566,9 +420,9 @@ def _describe(dimensions: Sequence[Dimension]) -> dict[str, Any]:
 def _own_words(dimension: Dimension) -> str:
     """A dimension without what holds under its choices."""
     if isinstance(dimension, Choice):
-        return f"categorical [{', '.join(_word(choice) for choice, _ in dimension.branches)}]"
+        return f"categorical [{', '.join(yaml_word(choice) for choice, _ in dimension.branches)}]"
     return " ".join(
-        f"{key} {'[{:g}, {:g}]'.format(*value) if isinstance(value, list) else _word(value)}"
+        f"{key} {'[{:g}, {:g}]'.format(*value) if isinstance(value, list) else yaml_word(value)}"
         for key, value in dimension.describe().items()
     )
 

@@ -16,7 +16,7 @@ from stocktake.models.checkpoint import load_model
 from stocktake.tracking.runs import TrackedRun
 from stocktake.tuning.experiment import write_experiment
 from stocktake.tuning.figures import plot_study
-from stocktake.tuning.space import configure
+from stocktake.tuning.settings import configure
 from stocktake.tuning.study import best_trial, pareto_front, trials_table
 from stocktake.workflows.rung import Bench, record_model
 from stocktake.workflows.trial import CHECKPOINT, StageConfig, StudyFolder

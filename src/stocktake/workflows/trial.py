@@ -29,8 +29,10 @@ from stocktake.serving.counter import Counter
 from stocktake.tracking.folder import FAILED, write_json
 from stocktake.tracking.runs import TrackedRun
 from stocktake.training.fit import EpochVerdict
-from stocktake.tuning.space import Space, configure
-from stocktake.tuning.study import failure_kind, finish, load_study, make_pruner, open_storage
+from stocktake.tuning.settings import configure
+from stocktake.tuning.space import Space
+from stocktake.tuning.storage import open_storage
+from stocktake.tuning.study import failure_kind, finish, load_study, make_pruner
 from stocktake.workflows.classical import train_classical
 from stocktake.workflows.ddp import launch
 from stocktake.workflows.finetune import train_network

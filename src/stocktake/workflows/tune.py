@@ -20,13 +20,13 @@ from stocktake.tracking.folder import KILLED, RUNNING, RunFolder
 from stocktake.tracking.history import best_settings
 from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.tuning.space import DEFAULT_SPACES, Space, parse_space, read_space
+from stocktake.tuning.storage import open_storage
 from stocktake.tuning.study import (
     OBJECTIVES,
     best_trial,
     create_study,
     failure_streak,
     make_pruner,
-    open_storage,
     requeue_unfinished,
 )
 from stocktake.workflows.rung import log_setting, run_tags, set_up
