@@ -138,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("stocktake: interrupted", file=sys.stderr)
+        if ranks.LAUNCHER not in os.environ:
+            print("stocktake: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 

@@ -27,6 +27,7 @@ from stocktake.workflows.rung import end_dead_run, find_run, plain
 
 PROGRAM = (sys.executable, str(Path(stocktake.__file__).parent))
 """`python -m stocktake`, also from a checkout that is not installed."""
+_AGENT = "torch.distributed.elastic"
 _LEAVE_SECONDS = 15
 """For the processes to close what they have open, once the launcher was told to end."""
 
@@ -82,7 +83,7 @@ def launch(
     max_restarts: int = 0,
     timeout: float = 300.0,
     run_id: str | None = None,
-    program: Sequence[str] = PROGRAM,
+    program: Sequence[str] | None = None,
 ) -> None:
     """Run `stocktake ARGUMENTS` in several processes, until all have ended well.
 
@@ -98,7 +99,7 @@ def launch(
         max_restarts: how often all begin again when one has failed.
         timeout: seconds that the other machines are waited for.
         run_id: names the job, the same on all machines.
-        program: what the arguments are given to.
+        program: what the arguments are given to. Default: PROGRAM.
 
     Raises:
         JobFailedError: a process failed; says which, and why.
@@ -128,7 +129,8 @@ def launch(
             shutdown_timeout=_LEAVE_SECONDS,
         )
         try:
-            elastic_launch(settings, program[0])(*program[1:], *arguments)
+            first, *rest = program or PROGRAM
+            elastic_launch(settings, first)(*rest, *arguments)
         except ChildFailedError as error:
             raise _failure(error.failures) from None
         except SignalException as error:
@@ -224,13 +226,15 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _quiet_torchrun() -> Iterator[None]:
     """Its reports of what it does, and of what failed, are told by us in a line."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if name.startswith(_AGENT)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:  # many have a level of their own
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -1,0 +1,56 @@
+"""`python faulty_rank.py ARGUMENTS` is `stocktake ARGUMENTS`, with a fault in one process at the start of an epoch.
+
+FAULT in the environment is "RANK ATTEMPT EPOCH DEED"; a process that comes there writes its id into FAULT_FILE first.
+DEED is kill, raise, mend (an error that the user can mend), or wait (for whoever does something to it).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """The command line, with the fault."""
+    from stocktake import cli
+
+    if sys.argv[1] == "ddp":
+        from stocktake.workflows import ddp
+
+        ddp.PROGRAM = (sys.executable, __file__)
+    else:
+        _break()
+    cli.main()
+
+
+def _break() -> None:
+    from stocktake import ranks
+    from stocktake.errors import StocktakeError
+    from stocktake.training.fit import EpochLine
+
+    rank, attempt, epoch, deed = os.environ["FAULT"].split()
+
+    def fail(_line: EpochLine, trainer: Any, _module: Any) -> None:
+        world = ranks.world()
+        if (world.rank, world.attempt, trainer.current_epoch + 1) != (int(rank), int(attempt), int(epoch)):
+            return
+        place = Path(os.environ["FAULT_FILE"])
+        place.with_suffix(".part").write_text(str(os.getpid()))
+        place.with_suffix(".part").rename(place)
+        if deed == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if deed == "raise":
+            raise ValueError("boom")
+        if deed == "mend":
+            raise StocktakeError("--lr is off: give another")
+        time.sleep(120)
+
+    EpochLine.on_train_epoch_start = fail  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()
