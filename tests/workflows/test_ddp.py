@@ -119,7 +119,8 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(job: Job, tiny_settin
     assert ended.told == []
     assert re.findall(r"^epoch=(\d)", ended.out, re.M) == ["1", "2", "3"], "it went on from the second epoch"
     assert ended.out.count("bins of task 1-3") == 2, "said once an attempt, by one process"
-    assert f"restart 1: going on with {Path('workspace') / 'runs' / job.run_folder.name}" in ended.out
+    why = f"RankFailedError: rank 1 (process {ended.pid}) ended without a word: killed, or out of memory"
+    assert f"restart 1 ({why}): going on with workspace/runs/{job.run_folder.name}" in ended.out
 
     run = job.run
     assert run.info.status == "FINISHED"

@@ -113,7 +113,8 @@ def launch(
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(nproc))), ranks.LAUNCHER: "1"}
+    variables = {"OMP_NUM_THREADS": str(_threads(nproc)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    variables = {name: os.environ.get(name, value) for name, value in variables.items()} | {ranks.LAUNCHER: "1"}
     with tempfile.TemporaryDirectory() as errors, _environment(variables), _quiet_torchrun(), _signals_restored():
         settings = LaunchConfig(
             min_nodes=nnodes,

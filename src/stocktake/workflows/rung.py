@@ -142,6 +142,7 @@ def own_run(
         return
     job = ranks.job()
     earlier = find_run(workspace / "runs", job) if job and ranks.world().attempt else None
+    why = RunFolder.open(earlier).state.reason if earlier else None
     reopen = earlier or reopen
     with (
         start_run(config.tracking, workspace=workspace, name=name, tags=tags, parent=parent, reopen=reopen) as run,
@@ -150,7 +151,7 @@ def own_run(
         if job:
             run.set_tags({_JOB: job, "restarts": ranks.world().attempt})
         if earlier:
-            print(f"restart {ranks.world().attempt}: going on with {run.folder}", flush=True)
+            print(f"restart {ranks.world().attempt} ({why}): going on with {run.folder}", flush=True)
         ranks.from_first(lambda: run.folder)
         yield run
 
