@@ -119,11 +119,13 @@ def test_main_climbs_the_ladder_and_registers_a_candidate(project: Project, tmp_
     assert all(stage in done.stdout for stage in ("majority", "classical", "frozen", "finetune"))
 
 
-@pytest.mark.parametrize("entry", ["majority", "classical", "frozen", "finetune"])
+@pytest.mark.parametrize("entry", ["majority", "classical", "frozen", "finetune", "ddp"])
 def test_each_rung_is_an_entry_point(project: Project, entry: str) -> None:
     parameters = {"image_size": "32"} if entry in ("majority", "classical") else dict(TINY)
-    if entry == "finetune":
+    if entry in ("finetune", "ddp"):
         parameters["epochs"] = "1"
+    if entry == "ddp":
+        parameters["nproc"] = "2"
     _, run_id = project.run(entry, root=str(project.root), **parameters)
     run = project.client.get_run(run_id)
     assert run.info.status == "FINISHED"

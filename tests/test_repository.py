@@ -19,7 +19,7 @@ from stocktake.cli import ALIASES, COMMANDS, parse
 REPOSITORY = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = yaml.safe_load((REPOSITORY / "MLproject").read_text())
 ENTRY_POINTS: dict[str, Any] = PROJECT["entry_points"]
-WANTED = {"main", "data", "eda", "majority", "classical", "frozen", "finetune", "evaluate", "compare"}
+WANTED = {"main", "data", "eda", "majority", "classical", "frozen", "finetune", "ddp", "evaluate", "compare"}
 VALUES = {"root": "../bins", "task": "0-5", "backbone": "resnet18", "weights": "none", "epochs": "3", "batch_size": "8"}
 VALUES |= {"lr": "0.01", "weight_decay": "0.1", "image_size": "64", "seed": "7"}
 INDEX = re.compile(r"https?://[^\s\"'`)]*/simple\b|pypi\.o[r]g|files\.pythonhosted\.o[r]g|(?<!no-emit-)index[-_]url")
