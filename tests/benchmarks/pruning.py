@@ -1,6 +1,6 @@
 """What pruning saves: a pruned search beside an unpruned one of the same trials, on synthetic bins.
 
-    python tests/benchmarks/pruning.py [--trials 12] [--pruner asha] [--seeds 0 1 2]
+    python tests/benchmarks/pruning.py [--trials 8] [--pruner asha] [--seeds 0 1 2]
 
 Both studies draw their trials at random from the same seed, so they try the same settings in the same order, one at a
 time, over the same photos on disk. Printed, for each seed: how long the unpruned search took, what it found best, and
@@ -38,9 +38,9 @@ def search(folder: Path, pruner: str, trials: int, seed: int) -> list[FrozenTria
     config = TuneConfig(
         workspace=str(workspace),
         space=str(folder / "space.yaml"),
-        synthetic=SyntheticConfig(count=600, size=96),
+        synthetic=SyntheticConfig(count=400, size=96),
         image_size=64,
-        epochs=8,
+        epochs=6,
         precision="fp32",
         trials=trials,
         pruner=pruner,  # type: ignore[arg-type]
@@ -63,12 +63,12 @@ def seconds(trials: list[FrozenTrial]) -> float:
 def main() -> None:
     """Print a line a seed, and the ratio of all."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--trials", type=int, default=12)
+    arguments.add_argument("--trials", type=int, default=8)
     arguments.add_argument("--pruner", default="asha")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = arguments.parse_args()
     ratios = []
-    print(f"{given.trials} trials of up to 8 epochs, 600 synthetic bins at 64 px; load {os.getloadavg()[0]:.1f}")
+    print(f"{given.trials} trials of up to 6 epochs, 400 synthetic bins at 64 px; load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         for seed in given.seeds:
             whole = search(Path(folder), "none", given.trials, seed)
