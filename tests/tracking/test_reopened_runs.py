@@ -80,3 +80,13 @@ def test_a_run_is_ended_on_disk_when_the_store_is_away(client: Any) -> None:
     assert end_run(run.folder, away, status=FAILED, reason="gone")
     assert RunFolder.open(run.folder).state.status == "FAILED"
     assert "status" in RunFolder.open(run.folder).pending()
+
+
+def test_the_run_that_mlflow_opened_says_where_it_goes_on(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_run(QUIET, workspace=WORKSPACE, name="a", tags={}) as run:
+        pass
+    opened = client.create_run(client.get_experiment_by_name("stocktake").experiment_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    with start_run(QUIET, workspace=WORKSPACE, name="a", tags={}, reopen=run.folder) as again:
+        assert again.run_id == run.run_id
+    assert client.get_run(opened.info.run_id).data.tags["stocktake.goes_on_in"] == run.run_id

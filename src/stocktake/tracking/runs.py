@@ -264,6 +264,10 @@ def start_run(
             else:
                 _finish(run, *_end_of(error))
             raise
+        if connection is not None and attach is not None and not attached:
+            # `mlflow run` opened a run for what goes on in an earlier one: it says where
+            with suppress(Exception):
+                connection.client.set_tag(attach, "stocktake.goes_on_in", run.run_id)
         stack.enter_context(_alive(run))
         yield run
 
