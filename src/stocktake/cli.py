@@ -5,7 +5,6 @@ MLproject's entry points bear the same names. A command's modules are imported w
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import errno
 import importlib
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 from stocktake import __version__, config, ranks
 from stocktake.errors import StocktakeError
+from stocktake.machine import share_the_machine
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ COMMANDS = {
 }
 ALIASES = {"main": "ladder", "train": "finetune"}
 _EXPERIMENT = "--experiment"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -120,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
-    _share_the_machine()
+    share_the_machine()
     try:
         run(given)
     except StocktakeError as error:
@@ -142,21 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print("stocktake: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
-
-
-def _share_the_machine() -> None:
-    """Two settings that only help before the libraries are loaded; neither changes a figure.
-
-    Threads wait asleep: ones that spin slow everything down as soon as another process wants the cores. Freed memory
-    is kept for the next batch: handing it back to the system and asking again costs a quarter of the training time on
-    a CPU (GNU libc only).
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def run(arguments: Sequence[str]) -> object:

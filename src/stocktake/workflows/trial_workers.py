@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
+from stocktake.machine import share_the_machine
 from stocktake.tracking.backlog import end_run
 from stocktake.tracking.folder import FAILED
 from stocktake.tuning.study import failure_streak, finish, take_trial
@@ -84,8 +85,9 @@ class TrialWorkers:
             args=(self._folder.path, self._tracking, self._folder.database, threads, self._deadline),
             name=f"stocktake-trials-{len(self._processes)}",
         )
+        share_the_machine()  # for the worker: OpenMP reads its settings when it is loaded, before a worker's first line
         held = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the libraries are loaded
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         try:
             process.start()
         finally:
@@ -117,6 +119,7 @@ def _death(process: BaseProcess) -> str:
 def _work(path: Path, tracking: TrackingConfig, database: str | None, threads: int, deadline: float | None) -> None:
     """The life of a worker."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    share_the_machine()
     import torch
 
     torch.set_num_threads(threads)
