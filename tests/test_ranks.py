@@ -18,6 +18,7 @@ from process_pair import ProcessGroup, free_port, pair
 from stocktake import ranks
 from stocktake.errors import StocktakeError
 from stocktake.ranks import World, joined, launched
+from stocktake.ranks.meeting import choose_interface
 
 __all__ = ["pair"]
 
@@ -150,12 +151,13 @@ def test_processes_that_do_not_come_are_named(environment: Any) -> None:
 
 
 def test_one_machines_processes_talk_by_the_loopback_unless_told(environment: Any, monkeypatch: Any) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    ranks._choose_interface(World(size=2, local_size=2))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # put back at the end, to what it was
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    choose_interface(World(size=2, local_size=2))
     chosen = os.environ["GLOO_SOCKET_IFNAME"]
     assert "127.0.0.1" in [address.address for address in psutil.net_if_addrs()[chosen]]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
-    ranks._choose_interface(World(size=2, local_size=2))
+    choose_interface(World(size=2, local_size=2))
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine0"
 
 
@@ -247,9 +249,9 @@ import time; time.sleep(120)
 DEAF = """
 import ctypes, os, signal
 from types import SimpleNamespace
-from stocktake import ranks
-ranks._DEAF_SECONDS = 1
-pulse = ranks._Pulse(SimpleNamespace(set=lambda *_: None), 0)
+from stocktake.ranks import group
+group._DEAF_SECONDS = 1
+pulse = group.Pulse(SimpleNamespace(set=lambda *_: None), 0)
 signal.signal(signal.SIGTERM, lambda *_: pulse.heeded.set())
 signal.set_wakeup_fd(pulse.wakeup)
 print(os.getpid(), flush=True)
