@@ -75,6 +75,9 @@ def start(
     """start("--epochs", "2"): the same torchrun on both machines; those that still run at the end are killed."""
     processes: list[subprocess.Popen[bytes]] = []
 
+    # what another test's job has left in this process is not the machines'
+    own = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
+
     def begin(*more: str) -> list[subprocess.Popen[bytes]]:
         for node, machine in enumerate(machines):
             torchrun = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node)]
@@ -86,9 +89,8 @@ def start(
             words += ["--tracking.system_metrics", "false", *more]
             command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "stocktake", *words]
             with (tmp_path / f"log-{node}.txt").open("wb") as log:
-                processes.append(
-                    subprocess.Popen(["ip", "netns", "exec", machine.namespace, *command], stdout=log, stderr=log)
-                )
+                inside = ["ip", "netns", "exec", machine.namespace, *command]
+                processes.append(subprocess.Popen(inside, stdout=log, stderr=log, env=own))
         return processes
 
     yield begin

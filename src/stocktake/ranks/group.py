@@ -61,7 +61,7 @@ class Group:
 
         if self.world.backend == "nccl":
             torch.cuda.set_device(self.world.local_rank)
-        choose_interface(self.world)
+        self._chosen = choose_interface(self.world)
         try:
             dist.init_process_group(
                 self.world.backend,
@@ -247,6 +247,8 @@ class Group:
         """Close what can be closed."""
         import torch.distributed as dist
 
+        for variable in self._chosen:  # the next job of this process may be on other machines
+            os.environ.pop(variable, None)
         if self._explained is None and not self._is_ending:
             dist.destroy_process_group()
             if not is_torchruns_store():  # the first process holds the store: it goes last

@@ -119,8 +119,8 @@ def shake_hands(tcp: Any, there: World, deadline: float) -> tuple[str, list[Proc
     return name, [Process(**json.loads(hello)) for hello in found], attempt
 
 
-def choose_interface(there: World) -> None:
-    """Name the network interface by which the processes talk, unless the user has.
+def choose_interface(there: World) -> list[str]:
+    """Name the network interface by which the processes talk, unless the user has; the variables that were set.
 
     gloo asks for the machine's own name, which is often 127.0.1.1, or a network that the other machines do not see.
     """
@@ -131,13 +131,17 @@ def choose_interface(there: World) -> None:
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing: asks for the way
             local = probe.getsockname()[0]
+    variables = ["GLOO_SOCKET_IFNAME"]
+    if there.nodes > 1:
+        if local.startswith("127."):
+            return []
+        variables.append("NCCL_SOCKET_IFNAME")
+    variables = [variable for variable in variables if variable not in os.environ]
     for name, addresses in psutil.net_if_addrs().items():
         if local in [address.address for address in addresses]:
-            if there.nodes == 1:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            elif not local.startswith("127."):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            os.environ.update(dict.fromkeys(variables, name))
+            return variables
+    return []
 
 
 def first_line(error: BaseException) -> str:
