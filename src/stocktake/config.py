@@ -232,7 +232,7 @@ class TrainingConfig:
     """Stop after this many steps; -1: no limit. For quick looks."""
     sync_batchnorm: bool = True
     """With several processes, normalise over the whole batch, so that their number does not change what is learnt.
-    false: each over its own share; a little faster, and another training."""
+    false: each over its own share: faster on a CPU, and another training for another number."""
     collective_timeout: float = 300.0
     """Seconds that a process waits for another one's part of a step before it gives up."""
     world_size: int | None = None

@@ -255,6 +255,24 @@ def test_normalisation_over_unequal_shares_is_that_of_the_whole(
         torch.testing.assert_close(given, wanted.detach(), atol=2e-4, rtol=1e-3)
 
 
+def test_gpus_have_torchs_own_layers_meanwhile(few_bins: Bench) -> None:
+    model = tiny_network(few_bins)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with synchronised(model, "nccl"):
+        assert [type(layer) for layer in model.backbone if isinstance(layer, nn.modules.batchnorm._BatchNorm)] == (
+            [nn.SyncBatchNorm] * 2
+        )
+        assert set(model.state_dict()) == set(before)
+        for buffer in model.backbone.buffers():
+            buffer.add_(1)
+    assert [type(layer) for layer in model.backbone if isinstance(layer, nn.modules.batchnorm._BatchNorm)] == (
+        [nn.BatchNorm2d] * 2
+    )
+    for name, value in model.state_dict().items():
+        gathered = name.split(".")[-1] in ("running_mean", "running_var", "num_batches_tracked")
+        assert torch.equal(value, before[name] + gathered), name
+
+
 # Exact figures --------------------------------------------------------------------------------------------------------
 
 

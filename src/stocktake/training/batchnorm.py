@@ -86,9 +86,7 @@ class _Normalise(torch.autograd.Function):
         mean, variance = torch.batch_norm_update_stats(input.float(), None, None, 0.0)
         count = mean.new_tensor([input.numel() / input.shape[1]], dtype=torch.float64)
         mine = torch.cat([count, mean.double(), variance.double()])
-        given = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(given, mine)
-        counts, means, variances = torch.split(torch.stack(given), [1, len(mean), len(mean)], dim=1)
+        counts, means, variances = torch.split(_gathered(mine), [1, len(mean), len(mean)], dim=1)
         total = counts.sum()
         all_mean = (counts * means).sum(0) / total
         all_variance = (counts * (variances + (means - all_mean) ** 2)).sum(0) / total
@@ -107,8 +105,7 @@ class _Normalise(torch.autograd.Function):
         of_input, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0].to(input.dtype), input, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
-        sums = torch.stack([of_weight, of_bias])
-        dist.all_reduce(sums)
+        sums = _gathered(torch.stack([of_weight, of_bias])).sum(0)
         # what flows through them: in each channel a multiple of the input, and a constant
         deviations = torch.rsqrt(variance + ctx.eps)
         slope, shift = -weight * deviations * sums / ctx.count
@@ -116,3 +113,10 @@ class _Normalise(torch.autograd.Function):
         shape = [1, -1] + [1] * (input.dim() - 2)
         of_input = of_input.float().addcmul_(input.float(), slope.view(shape)).add_((shift - slope * mean).view(shape))
         return of_input.to(input.dtype), of_weight, of_bias, None
+
+
+def _gathered(mine: Tensor) -> Tensor:
+    """(processes, ...): each one's. For a few numbers a quarter of the time of gloo's sum over the processes."""
+    given = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(given, mine)
+    return torch.stack(given)
