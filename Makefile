@@ -43,7 +43,7 @@ format: setup ## format the code
 	ruff format .
 
 lock: $(UV) ## pin every dependency anew, with hashes, for all platforms
-	$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-index-url --quiet --upgrade --output-file requirements.lock
 	digest=$$(python3 -c "import hashlib; print(hashlib.sha256(open('requirements.lock','rb').read()).hexdigest()[:16])") \
 		&& sed -i.bak "s/sha256 [0-9a-f]*/sha256 $$digest/" conda.yaml && rm conda.yaml.bak

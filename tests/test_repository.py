@@ -86,7 +86,8 @@ def test_every_dependency_is_locked() -> None:
     import tomllib
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    named = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    extras = [one for extra in project["project"]["optional-dependencies"].values() for one in extra]
+    named = [*project["project"]["dependencies"], *extras, *project["dependency-groups"]["dev"]]
     locked = set(re.findall(r"^([\w.-]+)", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE))
     assert {re.split(r"[^\w.-]", name.lower())[0] for name in named} <= locked
 

@@ -95,8 +95,8 @@ def test_temperature_softens_and_keeps_the_answer(exported: Path, copied: Path) 
 
 def test_a_newer_format_asks_for_an_upgrade(copied: Path) -> None:
     description = json.loads((copied / "counter.json").read_text())
-    (copied / "counter.json").write_text(json.dumps(description | {"format": 2}))
-    with pytest.raises(StocktakeError, match="format 2; this version reads up to 1: upgrade"):
+    (copied / "counter.json").write_text(json.dumps(description | {"format": 3}))
+    with pytest.raises(StocktakeError, match="format 3; this version reads up to 2: upgrade"):
         Counter(copied)
 
 

@@ -61,9 +61,19 @@ class PcaSvmModel(CountingModel):
 
 
 def pooled_pixels(photos: Tensor, pixels: int) -> Tensor:
-    """(n, 3 * pixels * pixels) in 0..1: each photo averaged down to pixels x pixels."""
+    """(n, 3 * pixels * pixels) in 0..1: each photo averaged down to pixels x pixels, as an antialiased resize does.
+
+    As two products of matrices: every engine multiplies alike, and resizes in its own way.
+    """
     channels_first = photos.permute(0, 3, 1, 2).float() / 255
-    return F.interpolate(channels_first, (pixels, pixels), mode="bilinear", antialias=True).flatten(1)
+    height, width = (_averaging(int(side), pixels) for side in channels_first.shape[2:])
+    return (height @ channels_first @ width.T).flatten(1)
+
+
+def _averaging(side: int, pixels: int) -> Tensor:
+    """(pixels, side): the weights with which the antialiased bilinear resize averages a line of pixels."""
+    lines = torch.eye(side)[None, None]
+    return F.interpolate(lines, (pixels, side), mode="bilinear", antialias=True)[0, 0]
 
 
 def fit_pca_svm(

@@ -8,10 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.onnx.utils import register_custom_op_symbolic
 
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.network import NetworkModel
@@ -37,7 +35,6 @@ def export_model(model: CountingModel, folder: Path) -> None:
     size = model.spec.image_size
     example = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    register_custom_op_symbolic("aten::_upsample_bilinear2d_aa", _antialiased_resize, OPSET)
     with warnings.catch_warnings(), torch.no_grad(), _attention_in_plain_operators():
         warnings.simplefilter("ignore")  # of sizes that become constants, and of the newer exporter
         torch.onnx.export(
@@ -60,13 +57,6 @@ def export_model(model: CountingModel, folder: Path) -> None:
         "options": model.spec.options,
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2))
-
-
-def _antialiased_resize(graph: Any, photos: Any, size: Any, *_: Any) -> Any:
-    """The antialiased Resize that ONNX has had since version 18, which torch's tracing does not know yet."""
-    nothing = graph.op("Constant", value_t=torch.empty(0))  # neither a region nor scales: the size is given
-    how = {"mode_s": "linear", "antialias_i": 1, "exclude_outside_i": 1}  # as torch does at the photo's rim
-    return graph.op("Resize", photos, nothing, nothing, size, axes_i=[2, 3], **how)
 
 
 @contextmanager
