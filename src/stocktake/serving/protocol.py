@@ -1,4 +1,4 @@
-"""uvicorn, as this server wants it: bounded heads and idle clients, errors in JSON, and an end that drops no request."""
+"""uvicorn, as this server wants it: bounded heads, errors in JSON, and an end that drops no request."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Connection(HttpToolsProtocol):
         """Whether nothing is being received or answered."""
         return not self._receiving and (self.cycle is None or self.cycle.response_complete)
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         """What came is no HTTP. Requests that came whole before it are answered, as they would be without it."""
         if self._receiving or self.idle:
             self._refuse(400, "this is no HTTP request" if self.idle else "the request is not well-formed HTTP")
@@ -116,9 +116,8 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, status: int, reason: str) -> None:
         self._stop_deadline()
-        if not self.pipeline and (
-            self.cycle is None or not self.cycle.response_started or self.cycle.response_complete
-        ):
+        cycle = self.cycle
+        if not self.pipeline and (cycle is None or not cycle.response_started or cycle.response_complete):
             body = encoded(RequestError(status, reason).document())
             head = (
                 f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
@@ -210,7 +209,7 @@ class DrainingServer(Server):
         await self.lifespan.shutdown()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """End on a signal, and return: uvicorn would raise it once more, and the process would die of it."""
         if threading.current_thread() is not threading.main_thread():
             yield
