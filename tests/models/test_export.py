@@ -44,7 +44,7 @@ def test_models_that_are_no_networks(kind: str, few_bins, tmp_path: Path) -> Non
     model = tiny_model(kind, few_bins)
     assert_same_logits(model, exported(model, tmp_path / "e"))
     description = json.loads((tmp_path / "e" / "counter.json").read_text())
-    assert description["format"] == 1
+    assert description["format"] == 2
     assert description["labels"] == [1, 2, 3]
     assert description["preprocessing"]["size"] == 32
     assert description["kind"] == kind

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -27,6 +28,7 @@ from stocktake.config import (
 from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import load_model
 from stocktake.models.inference import predict
+from stocktake.serving.counter import Counter
 from stocktake.training.fit import EpochLine
 from stocktake.workflows.classical import classical
 from stocktake.workflows.evaluate import evaluate
@@ -52,6 +54,8 @@ FILES = {
             "confusion_matrix.png",
             "per_class.csv",
             "predictions.parquet",
+            "reliability.csv",
+            "reliability.png",
         )
     ),
 }
@@ -71,10 +75,12 @@ def check_run(rung: Rung, config: ImageConfig, command: str, store: str, bench: 
     """What every rung leaves behind."""
     run = rung.run
     assert rung.stage == command
-    for name in ("accuracy", "macro_f1", "rmse", "mae", "within_1", "recall_3", "loss", "n"):
+    calibrated = ("ece", "ece_uncalibrated", "loss_uncalibrated", "set_coverage", "set_coverage_low", "set_size")
+    for name in ("accuracy", "macro_f1", "rmse", "mae", "within_1", "recall_3", "loss", "n", *calibrated):
         assert {f"val/{name}", f"test/{name}"} <= set(rung.metrics), name
     assert rung.metrics["test/macro_f1_low"] <= rung.metrics["test/macro_f1"] <= rung.metrics["test/macro_f1_high"]
     assert rung.metrics["test/n"] == len(bench.manifest.split("test"))
+    assert rung.metrics["val/loss"] <= rung.metrics["val/loss_uncalibrated"] + 1e-6, "the temperature is fitted on val"
 
     files = {path.relative_to(run.artifacts).as_posix() for path in run.artifacts.rglob("*") if path.is_file()}
     assert files >= FILES
@@ -99,6 +105,13 @@ def check_run(rung: Rung, config: ImageConfig, command: str, store: str, bench: 
     model, test = load_model(run.artifacts / "checkpoint"), bench.manifest.split("test")
     shares = predict(model, bench.photos, test["hash"].tolist(), 16, next(iter(model.state_dict().values())).device)
     assert ((shares.argmax(1) + 1) == predictions["predicted"]).all(), "the saved model is the one that was evaluated"
+
+    counter = Counter(run.folder / "models" / "model", engine="onnxruntime")
+    assert counter.description["check"]["passed"] is True
+    assert counter.temperature == pytest.approx(told["calibration/temperature"])
+    served = counter.probabilities(bench.photos.read(test["hash"].tolist()))
+    columns = [f"p_{label}" for label in counter.labels]
+    np.testing.assert_allclose(predictions[columns], served, atol=1e-3, err_msg="what is reported is what is served")
 
     logged = mlflow.MlflowClient(store).get_run(run.run_id)
     assert logged.info.status == "FINISHED"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,25 @@ def _square(i: int) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.4, zorder=3, clip_on=False)
+
+
+def reliability_figure(tables: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Accuracy against confidence, a panel a table of `calibration.reliability`; a perfect model is the diagonal."""
+    from stocktake.evaluation.calibration import expected_calibration_error
+
+    figure = new_figure(4.6 * len(tables), 4.6)
+    for axes, (name, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        filled = table[table["n"] > 0]
+        width = float((table["high"] - table["low"]).iloc[0])
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+        axes.bar(filled["low"], filled["accuracy"], width, align="edge", color=SKY, edgecolor="white", zorder=1)
+        axes.plot(filled["confidence"], filled["accuracy"], ".-", color=BLUE, linewidth=1.4, zorder=3)
+        for low, n in zip(filled["low"], filled["n"], strict=True):
+            axes.annotate(f"{n:,}", (low + width / 2, 0.01), ha="center", fontsize=6.5, color=GREY)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        plain(axes, f"{name}: ECE {expected_calibration_error(table):.3f}", "Confidence", "Share counted exactly")
+    headline(figure, title)
+    return figure
 
 
 def curves_figure(rows: pd.DataFrame) -> Figure:

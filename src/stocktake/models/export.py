@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,17 +16,22 @@ from stocktake.models.network import NetworkModel
 
 GRAPH = "counter.onnx"
 DESCRIPTION = "counter.json"
-FORMAT = 1
+FORMAT = 2
 """Version of counter.json; readers refuse a newer one."""
 OPSET = 18
 
 
-def export_model(model: CountingModel, folder: Path) -> None:
+def export_model(model: CountingModel, folder: Path, calibration: Mapping[str, object] | None = None) -> None:
     """Write counter.onnx (photos (n, size, size, 3) uint8 -> logits (n, classes) float32) and counter.json.
 
     By tracing (`dynamo=False`): the models branch on nothing but shapes, and torch's newer exporter needs 12 s of a
     processor for EfficientNet-Lite0, half of them for its own imports, where tracing needs 1 s. Torch calls tracing
     deprecated; should it go, `dynamo=True` with `dynamic_shapes` gives a graph with the same outputs.
+
+    Args:
+        model: left on the CPU, in evaluation mode.
+        folder: made when it is not there.
+        calibration: goes into counter.json: temperature, set_threshold and what else is known of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = model.cpu().eval()
@@ -52,7 +57,8 @@ def export_model(model: CountingModel, folder: Path) -> None:
         "labels": list(model.spec.labels),
         "preprocessing": {"size": size, "resize": "bilinear, stretched to a square", "channels": "RGB"},
         "decoding": "argmax",
-        "calibration": {"temperature": 1.0},
+        "calibration": {"temperature": 1.0, **(calibration or {})},
+        "precision": "f32",
         "kind": model.spec.kind,
         "options": model.spec.options,
     }

@@ -12,6 +12,7 @@ from stocktake.bins.photos import prepare_photos
 from stocktake.bins.task import parse_task
 from stocktake.config import EvaluateConfig
 from stocktake.errors import StocktakeError
+from stocktake.evaluation.calibration import Calibration
 from stocktake.evaluation.report import write_report
 from stocktake.progress import progress
 from stocktake.serving.counter import FOLDER, Counter
@@ -58,7 +59,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         predictions = prediction_table(bins, np.concatenate(parts), labels)
         title = f"{config.model}, {config.on} split"
         metrics = write_report(
-            run.artifacts / "evaluation", predictions, labels, split=config.on, title=title, seed=config.seed
+            run.artifacts / "evaluation",
+            predictions,
+            labels,
+            split=config.on,
+            title=title,
+            seed=config.seed,
+            calibration=Calibration.read(counter.description["calibration"]),
         )
         run.log_metrics(metrics)
     print_test_lines(metrics, predictions, labels, config.on)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from stocktake.bins.photos import prepare_photos
 from stocktake.bins.splits import Split
 from stocktake.config import ImageConfig, TrackingConfig
 from stocktake.errors import StocktakeError
+from stocktake.evaluation.calibration import Calibration, fit_calibration
 from stocktake.evaluation.metrics import confusion_matrix
 from stocktake.evaluation.report import write_report
 from stocktake.models.checkpoint import save_model
@@ -235,42 +236,76 @@ def record_model(
     Returns:
         `val/...` and `test/...` metrics with intervals.
     """
-    metrics = record_split(run, model, config, bench, "val", batch_size=batch_size)
-    metrics |= record_split(run, model, config, bench, "test", batch_size=batch_size)
-    ranks.from_first(lambda: _keep_model(run, model, bench, metrics, step))
+    val, test = (split_probabilities(model, bench, split, batch_size) for split in ("val", "test"))
+    recorded = bench.manifest.split("val")["quantity"].to_numpy()
+    calibration = ranks.from_first(lambda: fit_calibration(val, recorded, model.spec.labels))
+    metrics = report_split(run, model, config, bench, "val", calibration.apply(val), calibration)
+    metrics |= report_split(run, model, config, bench, "test", calibration.apply(test), calibration)
+    fitted = {name: value for name, value in asdict(calibration).items() if name != "set_level"}
+    metrics |= {f"calibration/{name}": float(value) for name, value in fitted.items()}
+    ranks.from_first(lambda: _keep_model(run, model, bench, metrics, step, calibration, calibration.apply(val)))
     return metrics
 
 
-def _keep_model(run: TrackedRun, model: CountingModel, bench: Bench, metrics: dict[str, float], step: int) -> None:
+def _keep_model(
+    run: TrackedRun,
+    model: CountingModel,
+    bench: Bench,
+    metrics: dict[str, float],
+    step: int,
+    calibration: Calibration,
+    val: npt.NDArray[np.float64],
+) -> None:
+    from stocktake.serving.export_check import PHOTOS, check_export
     from stocktake.serving.pyfunc import save_pyfunc
 
     run.log_metrics(metrics, step=step)
     save_model(model, run.artifacts / "checkpoint")
-    example = bench.manifest.source.photo(str(bench.manifest.bins["id"].iloc[0]))
+    bins = bench.manifest.split("val")
+    rows = np.linspace(0, len(bins) - 1, min(PHOTOS, len(bins))).astype(int)
+    shown = bins.iloc[rows]
+    example = bench.manifest.source.photo(str(shown["id"].iloc[0]))
     with tempfile.TemporaryDirectory() as temporary:
         exported = Path(temporary) / FOLDER
-        export_model(model, exported)
+        export_model(model, exported, {**asdict(calibration), "fitted_on": "val"})
+        check_export(exported, shown["id"].tolist(), bench.photos.read(shown["hash"].tolist()), val[rows])
         run.log_model(save_pyfunc(exported, run.folder / "models" / MODEL, example), MODEL)
 
 
-def record_split(
-    run: TrackedRun, model: CountingModel, config: ImageConfig, bench: Bench, split: Split, *, batch_size: int = 64
+def split_probabilities(
+    model: CountingModel, bench: Bench, split: Split, batch_size: int = 64
+) -> npt.NDArray[np.float64]:
+    """(n, K) probabilities of a split's bins, uncalibrated. The processes of a distributed job call this together."""
+    return predict(model, bench.photos, bench.manifest.split(split)["hash"].tolist(), batch_size, pick_device())
+
+
+def report_split(
+    run: TrackedRun,
+    model: CountingModel,
+    config: ImageConfig,
+    bench: Bench,
+    split: Split,
+    probabilities: npt.NDArray[np.float64],
+    calibration: Calibration | None = None,
 ) -> dict[str, float]:
-    """Evaluate a finished model on one split; the report goes to the run's artifacts.
+    """Score a split's probabilities; the report goes to the run's artifacts.
 
     The processes of a distributed job call this together; the first one reports.
 
     Returns:
         `SPLIT/...` metrics with intervals, for the run to log.
     """
-    bins = bench.manifest.split(split)
-    probabilities = predict(model, bench.photos, bins["hash"].tolist(), batch_size, pick_device())
-    predictions = prediction_table(bins, probabilities, model.spec.labels)
+    predictions = prediction_table(bench.manifest.split(split), probabilities, model.spec.labels)
 
     def report() -> dict[str, float]:
-        title = f"{run.run_folder.tags['stage']}, {split} split"
         metrics = write_report(
-            run.artifacts / "evaluation", predictions, model.spec.labels, split=split, title=title, seed=config.seed
+            run.artifacts / "evaluation",
+            predictions,
+            model.spec.labels,
+            split=split,
+            title=f"{run.run_folder.tags['stage']}, {split} split",
+            seed=config.seed,
+            calibration=calibration,
         )
         if split == "test":
             print_test_lines(metrics, predictions, model.spec.labels)

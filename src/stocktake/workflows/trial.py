@@ -43,9 +43,10 @@ from stocktake.workflows.rung import (
     flatten,
     log_setting,
     own_run,
-    record_split,
+    report_split,
     run_tags,
     set_up,
+    split_probabilities,
 )
 
 StageConfig: TypeAlias = FinetuneConfig | FrozenConfig | ClassicalConfig
@@ -275,7 +276,8 @@ def _train(
     if ranks.broadcast(verdict.pruned):
         run.set_tags({"trial.reason": verdict.reason})
         return TrialState.PRUNED, None
-    metrics = record_split(run, model, config, bench, "val", batch_size=getattr(config, "batch_size", 64))
+    probabilities = split_probabilities(model, bench, "val", getattr(config, "batch_size", 64))
+    metrics = report_split(run, model, config, bench, "val", probabilities)
     values = [metrics["val/macro_f1"]]
     if "latency_ms" in folder.objectives:
         metrics["latency_ms"] = ranks.from_first(lambda: measure_latency(model, bench))
@@ -324,7 +326,7 @@ def measure_latency(model: CountingModel, bench: Bench) -> float:
     photos = [source.photo(str(bin_id)) for bin_id in bins["id"].head(_LATENCY_PHOTOS)]
     with tempfile.TemporaryDirectory() as exported:
         export_model(model, Path(exported))
-        counter = Counter(Path(exported), threads=1)
+        counter = Counter(Path(exported), threads=1, engine="onnxruntime")  # computes in the thread that calls it
     counter.count(photos[:2])  # the first ones allocate
     seconds = []
     for photo in photos:
