@@ -106,6 +106,25 @@ COMMANDS = {
     "compare": Command(
         config.CompareConfig, "compare:compare", ("stocktake compare", "stocktake compare --stage finetune --best 10")
     ),
+    "register": Command(
+        config.RegisterConfig,
+        "register:register",
+        ("stocktake register --run workspace/runs/frozen-1a2b3c", "stocktake register --run frozen-wide"),
+    ),
+    "promote": Command(
+        config.PromoteConfig,
+        "promote:promote",
+        (
+            "stocktake promote",
+            "stocktake promote --version 3 --gate.min_gain 0.01 --gate.max_latency_ms 20",
+            "stocktake promote --version 3 --to challenger",
+            "stocktake promote --version 3 --force --reason urgent",
+        ),
+    ),
+    "rollback": Command(config.RollbackConfig, "rollback:rollback", ("stocktake rollback --reason drift",)),
+    "registry": Command(
+        config.RegistryConfig, "registry:registry", ("stocktake registry", "stocktake registry --format json")
+    ),
     "sync": Command(
         config.SyncConfig, "sync:sync", ("stocktake sync", "stocktake sync --tracking.uri http://host:5000")
     ),
@@ -194,7 +213,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     )
     parser.add_argument(_EXPERIMENT, action="config", help="YAML of settings, such as experiments/quick.yaml.")
     parser.add_class_arguments(command.config, as_group=False)
-    words = [*arguments]
+    words = _with_values(arguments, command.config)
     experiment = _take(words, _EXPERIMENT)
     read = ""
     if experiment is not None:
@@ -258,6 +277,15 @@ def overview() -> str:
     lines += ["", "examples:", *(f"  {command.examples[0]}" for command in COMMANDS.values())]
     lines += ["", "stocktake COMMAND --help lists a command's options; --debug shows the traceback of an error."]
     return "\n".join(lines)
+
+
+def _with_values(words: Sequence[str], config: type) -> list[str]:
+    """The words, with `true` after a yes-or-no option that is given alone: --force."""
+    flags = {f"--{one.name}" for one in dataclasses.fields(config) if one.type == "bool"}
+    with_values: list[str] = []
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        with_values += [word, "true"] if word in flags and following.startswith("--") else [word]
+    return with_values
 
 
 def _take(words: list[str], option: str) -> str | None:
