@@ -454,7 +454,7 @@ class ModelConfig:
 class RegisterConfig(ModelConfig):
     """Make a finished run's model a version, with the alias candidate and a model card."""
 
-    run: str = field(kw_only=True)
+    run: str | None = None
     """Which run: its id, its name in the experiment, or its folder (workspace/runs/frozen-1a2b3c)."""
     workspace: str = "workspace"
     """Run folders are looked for in runs/, and model cards written to registry/ in here."""
