@@ -123,7 +123,7 @@ class Batcher:
             prepared, failure = None, None
             try:
                 if not work.future.cancelled():
-                    prepared = self._prepare(photo)
+                    prepared = self.prepare(photo)
             except Exception as error:
                 failure = error
             del taken, photo
@@ -136,7 +136,12 @@ class Batcher:
                 self._tell([(work, place, failure)])
             del work, prepared
 
-    def _prepare(self, photo: bytes) -> npt.NDArray[np.uint8]:
+    def prepare(self, photo: bytes) -> npt.NDArray[np.uint8]:
+        """(size, size, 3): the photo as the graph takes it, within this server's bounds. In the caller's thread.
+
+        Raises:
+            PhotoError: it cannot be used.
+        """
         if photo.startswith(b"\xff\xd8") and photo.count(b"\xff\xda") > MOST_SCANS:
             raise PhotoError(f"photo has more than {MOST_SCANS} scans")
         if _pixels(photo) < MANY_PIXELS:

@@ -20,7 +20,9 @@ from uvicorn import Config
 from stocktake.bins.images import PhotoError
 from stocktake.serving.batching import Batcher, Outcome, QueueFullError
 from stocktake.serving.counter import Count, Counter
+from stocktake.serving.explanation import occlusion, page
 from stocktake.serving.observation import Metrics, Observed, RequestLog
+from stocktake.serving.openapi import document
 from stocktake.serving.payloads import (
     JSON,
     LINES_TYPES,
@@ -41,6 +43,8 @@ HELD_BYTES = 64 * MEBIBYTE
 """Of all the bodies that a worker holds at once, unless one request may be half as large; beyond it is busy."""
 LARGE_BODY = MEBIBYTE // 4
 """A JSON body above is read in a thread, one at a time: a hostile one grows tenfold while it is read."""
+MOST_EXPLANATIONS = 4
+"""Asked for at once; each takes dozens of forward passes."""
 LEFT = 499
 """Status in log and metrics of a request whose client did not wait for the answer; as nginx counts them."""
 _BUSY = {"retry-after": "1"}
@@ -84,7 +88,10 @@ def create_app(counter: Counter, settings: ServerSettings) -> Starlette:
         Route("/ping", service.ping),
         Route("/invocations", service.invocations, methods=["POST"]),
         Route("/metrics", service.metrics),
+        Route("/openapi.json", service.interface),
     ]
+    if settings.page:
+        routes += [Route("/", service.page), Route("/explain", service.explain, methods=["POST"])]
     paths = frozenset(route.path for route in routes)
     app = Starlette(
         routes=routes,
@@ -92,6 +99,7 @@ def create_app(counter: Counter, settings: ServerSettings) -> Starlette:
         middleware=[Middleware(Observed, log=service.log, metrics=service.measured, paths=paths)],
         exception_handlers={RequestError: _refused, HTTPException: _refused_by_starlette},
     )
+    app.router.redirect_slashes = False
     app.state.service = service
     return app
 
@@ -105,6 +113,8 @@ class Service:
         self._held = 0
         self._batcher: Batcher
         self._large_body = asyncio.Lock()
+        self._explaining = 0
+        self._one_explanation = asyncio.Lock()
         self._ending = False
         self.measured = Metrics()
         self.log = RequestLog()
@@ -135,6 +145,10 @@ class Service:
         self.measured.pending(self._batcher.pending)
         return Response(self.measured.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def interface(self, _: Request) -> Response:
+        """GET /openapi.json."""
+        return _json(document(self._counter.version))
+
     async def invocations(self, request: Request) -> Response:
         """POST /invocations: photos in, counts out."""
         media = media_type(request.headers.get("content-type"), request.headers.get("content-encoding"))
@@ -147,6 +161,35 @@ class Service:
             outcomes = await self._count(request, photos)
         answers = _merged(payload, outcomes)
         return Response(write(answers, form, answer_media), media_type=answer_media)
+
+    async def page(self, _: Request) -> Response:
+        """GET /: the page."""
+        content, headers = page()
+        return Response(content, headers=headers, media_type="text/html; charset=utf-8")
+
+    async def explain(self, request: Request) -> Response:
+        """POST /explain: a photo in; the quantity, and by how much its probability falls without each part, out."""
+        media = media_type(request.headers.get("content-type"), request.headers.get("content-encoding"))
+        if media not in PHOTO_TYPES:
+            raise RequestError(415, f"content-type {media} is not explained: send one photo")
+        if self._explaining >= MOST_EXPLANATIONS:
+            raise RequestError(503, "too many explanations are asked for: try again later", _BUSY)
+        self._explaining += 1
+        try:
+            async with self._body(request) as body:
+                await self._read(media, body)
+                request.scope["stocktake.photos"] = 1
+                async with self._one_explanation:
+                    quantity, drops = await asyncio.to_thread(self._explain, body)
+        except PhotoError as error:
+            raise RequestError(422, str(error)) from None
+        finally:
+            self._explaining -= 1
+        return _json({"quantity": quantity, "drops": drops, "model_version": self._counter.version})
+
+    def _explain(self, photo: bytes) -> tuple[int, list[list[float]]]:
+        quantity, drops = occlusion(self._counter, self._batcher.prepare(photo), self._settings.max_batch)
+        return quantity, drops.tolist()
 
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
