@@ -1,0 +1,157 @@
+"""A worker of the server in a process of its own, for tests and benchmarks; and raw connections to it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 60.0
+"""Seconds that a test waits for what should come at once on a machine that has nothing else to do."""
+
+
+@dataclass
+class Answer:
+    """What a server said."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class ServerProcess:
+    """`run_worker` in another process. While the file `gate` exists, its forward passes wait."""
+
+    def __init__(self, folder: Path, scratch: Path, **settings: Any) -> None:
+        self.gate = scratch / "gate"
+        self.log = scratch / "server.log"
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port: int = listener.getsockname()[1]
+        order = {"folder": str(folder), "gate": str(self.gate), "listener": listener.fileno(), "settings": settings}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, json.dumps(order)],
+                pass_fds=[listener.fileno()],
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        listener.close()
+        assert self.process.stdout is not None
+        if self.process.stdout.readline() != b"ready\n":
+            raise RuntimeError(f"the server did not start: {self.log.read_text()}")
+
+    def ask(
+        self,
+        path: str = "/invocations",
+        body: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        method: str | None = None,
+    ) -> Answer:
+        """One request on a connection of its own."""
+        connection = self.connection()
+        try:
+            return ask(connection, path, body, headers, method)
+        finally:
+            connection.close()
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+
+    def socket(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The log so far."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def tell(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        """End it, however it is."""
+        self.gate.unlink(missing_ok=True)
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[ServerProcess]:
+    """A server of the model in the folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        server = ServerProcess(folder, Path(scratch), **settings)
+        try:
+            yield server
+        finally:
+            server.close()
+
+
+def ask(
+    connection: http.client.HTTPConnection,
+    path: str = "/invocations",
+    body: bytes | Iterator[bytes] | None = None,
+    headers: Mapping[str, str] | None = None,
+    method: str | None = None,
+) -> Answer:
+    """One request."""
+    connection.request(method or ("GET" if body is None else "POST"), path, body, dict(headers or {}))
+    response = connection.getresponse()
+    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+
+
+def eventually(condition: Callable[[], Any]) -> Any:
+    """The condition's value once it is true."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
+    return value
+
+
+def main() -> None:
+    """The process."""
+    from stocktake.serving.counter import Counter
+    from stocktake.serving.server import run_worker
+    from stocktake.serving.settings import ServerSettings
+
+    order = json.loads(sys.argv[1])
+
+    class GatedCounter(Counter):
+        def probabilities(self, prepared: Any) -> Any:
+            while Path(order["gate"]).exists():
+                time.sleep(0.005)
+            return super().probabilities(prepared)
+
+    def ready() -> None:
+        os.write(1, b"ready\n")
+
+    settings = ServerSettings(**({"threads": 1} | order["settings"]))
+    counter = GatedCounter(Path(order["folder"]), threads=settings.threads)
+    run_worker(counter, settings, socket.socket(fileno=order["listener"]), ready)
+
+
+if __name__ == "__main__":
+    main()
