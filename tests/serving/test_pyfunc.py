@@ -36,7 +36,7 @@ PHOTOS = [draw_bin(quantity, 800 + quantity) for quantity in (1, 2, 3)]
 
 def test_the_loaded_model_answers_as_the_counter_does(saved: Path, exported: Path) -> None:
     answers = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"photo": PHOTOS}))
-    assert list(answers.columns) == ["quantity", "confidence", "probabilities"]
+    assert list(answers.columns) == ["quantity", "confidence", "probabilities", "quantities", "model_version"]
     for row, count in zip(answers.itertuples(), Counter(exported).count(PHOTOS), strict=True):
         assert row.quantity == count.quantity
         assert row.confidence == pytest.approx(count.confidence)

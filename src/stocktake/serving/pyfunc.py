@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,26 @@ from mlflow.models import set_model
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
 
 from stocktake.serving.counter import Counter
 
 COLUMN = "photo"
-REQUIREMENTS = ["mlflow", "numpy", "onnxruntime", "pandas", "pillow"]
+REQUIREMENTS = ("mlflow-skinny", "numpy", "openvino", "pandas", "pillow")
+"""What the model is loaded with: a part of the package's extra `serving`, in the versions it was saved with."""
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, COLUMN)]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.long, "quantity"),
+            ColSpec(DataType.double, "confidence"),
+            ColSpec(Array(DataType.double), "probabilities"),
+            ColSpec(Array(DataType.long), "quantities"),
+            ColSpec(DataType.string, "model_version"),
+        ]
+    ),
+)
+"""The outputs are there for spark_udf, which makes a struct of them."""
 
 
 class CountingPyfunc(PythonModel):
@@ -31,7 +47,9 @@ class CountingPyfunc(PythonModel):
         self._counter = Counter(Path(context.artifacts["counter"]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row a photo: quantity, confidence, probabilities (a list in the order of the labels)."""
+        """A row a photo: quantity, confidence, probabilities (in the order of the labels), quantities (the conformal
+        set), model_version.
+        """
         del context, params
         counts = self._counter.count([bytes(photo) for photo in model_input[COLUMN]])
         return pd.DataFrame(
@@ -39,6 +57,8 @@ class CountingPyfunc(PythonModel):
                 "quantity": [count.quantity for count in counts],
                 "confidence": [count.confidence for count in counts],
                 "probabilities": [list(count.probabilities.values()) for count in counts],
+                "quantities": [list(count.quantities) for count in counts],
+                "model_version": [count.model_version for count in counts],
             }
         )
 
@@ -59,8 +79,8 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
         python_model=__file__,
         artifacts={"counter": str(exported)},
         code_paths=[str(Path(__file__).parents[1])],
-        pip_requirements=REQUIREMENTS,
-        signature=ModelSignature(inputs=Schema([ColSpec(DataType.binary, COLUMN)])),
+        pip_requirements=[f"{name}=={installed_version(name)}" for name in REQUIREMENTS],
+        signature=SIGNATURE,
         input_example=pd.DataFrame({COLUMN: [example]}),
     )
     return destination
