@@ -1,0 +1,123 @@
+"""Asking a server over HTTP: photo bytes out, counts back. Connections are kept; a full server is asked again."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+from stocktake.bins.images import PhotoError
+from stocktake.errors import StocktakeError
+from stocktake.serving.counter import Count
+
+_BROKEN = (http.client.RemoteDisconnected, http.client.BadStatusLine, ConnectionResetError, BrokenPipeError)
+
+
+class Client:
+    """One server. May be used by several threads at once: each has a connection of its own."""
+
+    def __init__(self, address: str, seconds: float = 60.0) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            address: http://host:port or https://...; a path is put before /invocations.
+            seconds: how long a photo's answer may take, waits for a full server included.
+
+        Raises:
+            StocktakeError: no such address.
+        """
+        parts = urlsplit(address)
+        try:
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        if parts.scheme not in ("http", "https") or not host:
+            raise StocktakeError(f"{address} is no address of a server: give one such as http://127.0.0.1:8080")
+        self.address = address
+        self._secure, self._host, self._port = parts.scheme == "https", host, port
+        self._path = f"{parts.path.rstrip('/').removesuffix('/invocations')}/invocations"
+        self._seconds = seconds
+        self._mine = threading.local()
+
+    def count(self, photo: bytes) -> Count:
+        """What the server says of one photo.
+
+        Raises:
+            PhotoError: the server cannot use it.
+            StocktakeError: the server does not answer, or not as a counting server does.
+        """
+        deadline = time.monotonic() + self._seconds
+        while True:
+            status, wait, body = self._post(photo)
+            if status == 200:
+                return _count_of(body, self.address)
+            reason = _reason_of(body)
+            if status in (400, 413, 415, 422):
+                raise PhotoError(reason or f"the server refused it with status {status}")
+            if status != 503 or time.monotonic() + wait > deadline:
+                raise StocktakeError(f"{self.address} answers with status {status} ({reason}): see its log")
+            time.sleep(wait)
+
+    def count_all(self, photos: Iterable[bytes], at_once: int = 4) -> Iterator[Count | PhotoError]:
+        """The answers in order; a photo that cannot be used has its reason in its place. Errors as `count`."""
+
+        def one(photo: bytes) -> Count | PhotoError:
+            try:
+                return self.count(photo)
+            except PhotoError as error:
+                return error
+
+        with ThreadPoolExecutor(at_once) as threads:
+            yield from threads.map(one, photos)
+
+    def _post(self, photo: bytes) -> tuple[int, float, bytes]:
+        """Status, seconds to wait before asking again, body. A kept connection that was closed is opened again."""
+        for attempt in (1, 2):
+            try:
+                connection = self._connection()
+                connection.request("POST", self._path, photo, {"Content-Type": "application/octet-stream"})
+                answer = connection.getresponse()
+                body = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                self._mine.connection = None
+                if attempt == 1 and isinstance(error, _BROKEN):
+                    continue
+                why = str(error) or type(error).__name__
+                raise StocktakeError(f"{self.address} does not answer ({why}): is it running?") from None
+            else:
+                wait = answer.headers.get("Retry-After", "")
+                return answer.status, float(wait) if wait.isdecimal() else 1.0, body
+        raise AssertionError("unreachable")
+
+    def _connection(self) -> http.client.HTTPConnection:
+        held: http.client.HTTPConnection | None = getattr(self._mine, "connection", None)
+        if held is None:
+            kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+            held = self._mine.connection = kind(self._host, self._port, timeout=self._seconds)
+        return held
+
+
+def _count_of(body: bytes, address: str) -> Count:
+    try:
+        answer: dict[str, Any] = json.loads(body)
+        return Count(
+            quantity=int(answer["quantity"]),
+            confidence=float(answer["confidence"]),
+            probabilities={int(quantity): float(share) for quantity, share in answer["probabilities"].items()},
+            quantities=tuple(int(quantity) for quantity in answer["quantities"]),
+            model_version=str(answer["model_version"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise StocktakeError(f"{address} answers, but not as a server of stocktake: check the address") from None
+
+
+def _reason_of(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["reason"])
+    except (ValueError, TypeError, KeyError):
+        return ""

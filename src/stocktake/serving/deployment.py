@@ -1,0 +1,174 @@
+"""What is to be served and what is being served: two files in an endpoint's folder, and the process behind them.
+
+wanted.json is what somebody asked for; state.json is what the supervisor (serving/serve.py) made of it. Imports
+nothing heavy: the supervisor reads and writes these in every container.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stocktake.errors import StocktakeError
+from stocktake.serving.settings import ServerSettings
+
+WANTED, STATE, LOG = "wanted.json", "state.json", "server.log"
+Status = Literal["starting", "serving", "updating", "failing", "failed", "stopped", "dead"]
+"""failing: all workers died and are started again; failed: it never came up; dead: the supervisor was killed."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of this machine: a number is used again, a number with its start time is not."""
+
+    pid: int
+    started: str
+
+    def alive(self) -> bool:
+        """Whether it still runs: not ended, not replaced by another program with its number."""
+        return self.started != "" and process_start(self.pid) == self.started
+
+    def signal(self, number: int) -> None:
+        """Signal it, if it is still there."""
+        if self.alive():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, number)
+
+    @classmethod
+    def known_as(cls, pid: int) -> Process:
+        """The process that has this number now."""
+        return cls(pid, process_start(pid))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What somebody wants to be served."""
+
+    model: str
+    """Folder with counter.onnx and counter.json, or an MLflow model folder around it."""
+    model_uri: str
+    """Where the model came from, for people."""
+    version: str | None
+    """What answers bear as model_version, such as stocktake/3. None: the digest of the model's files."""
+    settings: dict[str, Any]
+    """The server's, as they were given; what is not given has its default."""
+    generation: int = 1
+    """Counts the updates of an endpoint."""
+
+    @property
+    def server(self) -> ServerSettings:
+        """All settings. Workers share the cores out, unless `threads` was given.
+
+        Raises:
+            StocktakeError: an unknown setting or a bad value.
+        """
+        settings = ServerSettings.read(self.settings)
+        if "threads" in self.settings:
+            return settings
+        return dataclasses.replace(settings, threads=max(1, settings.threads // settings.workers))
+
+
+@dataclass(frozen=True)
+class State:
+    """What the supervisor of an endpoint last wrote down."""
+
+    supervisor: Process
+    status: Status
+    address: str
+    """http://host:port, as it is reached from this machine."""
+    generation: int
+    """The one that is served; 0 before any is."""
+    version: str | None = None
+    """Of the model, as answers bear it."""
+    workers: tuple[Process, ...] = ()
+    error: str | None = None
+    """Why the last start or update failed."""
+    failed_generation: int | None = None
+    """The update that failed, if the last one did."""
+
+
+def read_wanted(folder: Path) -> Deployment:
+    """What an endpoint is to serve.
+
+    Raises:
+        StocktakeError: the file is missing or damaged.
+    """
+    return Deployment(**_read(folder / WANTED, Deployment))
+
+
+def write_wanted(folder: Path, deployment: Deployment) -> None:
+    """Replace what an endpoint is to serve."""
+    write_json(folder / WANTED, dataclasses.asdict(deployment))
+
+
+def read_state(folder: Path) -> State | None:
+    """What the supervisor last wrote; None before it wrote anything.
+
+    Raises:
+        StocktakeError: the file is damaged.
+    """
+    if not (folder / STATE).exists():
+        return None
+    values = _read(folder / STATE, State)
+    values["supervisor"] = Process(**values["supervisor"])
+    values["workers"] = tuple(Process(**one) for one in values["workers"])
+    return State(**values)
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Replace the state."""
+    write_json(folder / STATE, dataclasses.asdict(state))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Beside, then renamed: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    beside.replace(path)
+
+
+def process_start(pid: int) -> str:
+    """When the process began, as text to compare; empty if there is none, or only its remains."""
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
+        except OSError:
+            return ""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return "" if fields[0] in "ZX" else f"{boot} {fields[19]}"
+    command = ["ps", "-o", "state=,lstart=", "-p", str(pid)]
+    state, _, began = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().partition(" ")
+    return "" if state.startswith("Z") else began.strip()
+
+
+def log_tail(folder: Path, since: int = 0, lines: int = 15) -> str:
+    """The last lines of an endpoint's log, written after the first `since` bytes."""
+    try:
+        with (folder / LOG).open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(min(since, end), end - 16_384))
+            written = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(written.splitlines()[-lines:])
+
+
+def _read(path: Path, kind: type) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        values, reason = None, str(error)
+    else:
+        reason = "it holds something else"
+    if not isinstance(values, dict) or not values.keys() <= names:
+        raise StocktakeError(
+            f"{path} cannot be read ({reason}): delete the endpoint {path.parent.name} and create it again"
+        )
+    return values

@@ -1,0 +1,364 @@
+"""Endpoints on this machine: servers that outlive the command that started them, and are found again by later ones.
+
+An endpoint is a folder, with a supervisor (serving/supervisor.py) as a process of its own: wanted.json, state.json,
+server.log, model/<generation>/. Nothing here needs mlflow.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stocktake.errors import StocktakeError
+from stocktake.locks import FileLock
+from stocktake.serving import deployment as files
+from stocktake.serving.crew import START_SECONDS, with_this_package
+from stocktake.serving.deployment import Deployment, Process, State, Status
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_PAUSE = 0.05
+_LATER_SECONDS = 30.0  # beyond what the supervisor itself allows its workers
+_started: list[subprocess.Popen[bytes]] = []  # by this process, which reaps those that end before it
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint as it is now."""
+
+    name: str
+    status: Status
+    address: str
+    """http://host:port; empty before it ever served."""
+    model_uri: str
+    version: str | None
+    """The model's, as answers bear it: stocktake/3, or the digest of the model's files."""
+    generation: int
+    settings: dict[str, Any]
+    """As given; what is not given has its default."""
+    pid: int | None
+    """Of the supervisor, if it lives."""
+    workers: tuple[int, ...]
+    """Pids."""
+    error: str | None
+    """What is wrong, and the way out."""
+    model: Path
+    """Folder of the model that is served."""
+    log: Path
+
+
+def state_folder() -> Path:
+    """Where the endpoints' folders lie: $STOCKTAKE_STATE, $XDG_STATE_HOME/stocktake or ~/.local/state/stocktake."""
+    if own := os.environ.get("STOCKTAKE_STATE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "stocktake"
+
+
+def create(name: str, model: Path, *, model_uri: str, settings: Mapping[str, Any]) -> Endpoint:
+    """Start an endpoint and wait until it answers. One that does not come up leaves nothing behind.
+
+    Args:
+        name: letters, digits, - and _.
+        model: an MLflow model folder or an exported one; copied.
+        model_uri: where it came from.
+        settings: of ServerSettings.
+
+    Raises:
+        StocktakeError: a bad name or setting, the name is taken, or it did not come up, with the end of its log.
+    """
+    with _alone(name) as folder:
+        if (folder / files.WANTED).exists():
+            raise StocktakeError(
+                f"there is an endpoint {name} already{'' if _lives(folder) else ' (dead: an update starts it again)'}:"
+                " update it, delete it, or choose another name"
+            )
+        wanted = Deployment("", model_uri, version_of(model), dict(settings))
+        wanted.server  # noqa: B018 - bad settings are told before anything is made
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed command left
+        try:
+            folder.mkdir(mode=0o700)
+            files.write_wanted(folder, _with_model(folder, wanted, model))
+            _launch(folder)
+        except BaseException:  # a Ctrl-C too
+            _end(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return _read(folder)
+
+
+def update(
+    name: str,
+    model: Path | None = None,
+    *,
+    model_uri: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Endpoint:
+    """Serve another model or with other settings, without dropping a request; a dead endpoint is started again.
+
+    Args:
+        name: of the endpoint.
+        model: default: the model that it serves.
+        model_uri: where `model` came from.
+        settings: those that change.
+
+    Raises:
+        StocktakeError: no such endpoint, a bad setting, or the new workers did not come up: then the old ones serve on.
+    """
+    with _alone(name) as folder:
+        _there(folder)
+        _settle(folder)
+        before, state = files.read_wanted(folder), files.read_state(folder)
+        newest = max(before.generation, (state and state.failed_generation) or 0)
+        wanted = Deployment(
+            before.model,
+            model_uri or before.model_uri,
+            version_of(model) if model else before.version,
+            {**before.settings, **(settings or {})},
+            newest + 1,
+        )
+        wanted.server  # noqa: B018 - bad settings are told before anything changes
+        wanted = _with_model(folder, wanted, model or Path(before.model))
+        files.write_wanted(folder, wanted)
+        try:
+            if state and state.supervisor.alive():
+                state.supervisor.signal(signal.SIGHUP)
+                _wait(folder, wanted.generation, _log_size(folder))
+            else:
+                _launch(folder)
+        except StocktakeError:
+            if not _lives(folder):
+                files.write_wanted(folder, before)
+            shutil.rmtree(wanted.model, ignore_errors=True)
+            raise
+        return _read(folder)
+
+
+def get(name: str) -> Endpoint:
+    """An endpoint.
+
+    Raises:
+        StocktakeError: there is none of that name, naming those that there are.
+    """
+    folder = state_folder() / _checked(name)
+    _there(folder)
+    return _read(folder)
+
+
+def list_endpoints() -> list[Endpoint]:
+    """All endpoints, by name."""
+    found = sorted(state_folder().glob(f"*/{files.WANTED}"))
+    return [_read(path.parent) for path in found if _NAME.fullmatch(path.parent.name)]
+
+
+def delete(name: str) -> None:
+    """End an endpoint's processes, once they have answered what they had begun, and remove its folder.
+
+    Raises:
+        StocktakeError: there is none of that name.
+    """
+    with _alone(name) as folder:
+        _there(folder)
+        _end(folder)
+        shutil.rmtree(folder)
+
+
+def version_of(model: Path) -> str | None:
+    """NAME/VERSION of a model folder that MLflow fetched from a registry; None for any other."""
+    import yaml
+
+    try:
+        fetched = yaml.safe_load((model / "registered_model_meta").read_text(encoding="utf-8"))
+        return f"{fetched['model_name']}/{fetched['model_version']}"
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise StocktakeError(f"{name!r} is no name of an endpoint: use up to 63 letters, digits, - and _")
+    return name
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[Path]:
+    """The endpoint's folder, while no other command changes it."""
+    root = state_folder()
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StocktakeError(f"cannot keep endpoints in {root}: {error.strerror}; set STOCKTAKE_STATE") from None
+    with _lock(root / _checked(name)):
+        yield root / name
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.parent / ".locks" / folder.name)
+
+
+def _there(folder: Path) -> None:
+    if not (folder / files.WANTED).exists():
+        names = ", ".join(endpoint.name for endpoint in list_endpoints()) or "none"
+        raise StocktakeError(f"there is no endpoint {folder.name} in {folder.parent}; there are: {names}")
+
+
+def _with_model(folder: Path, wanted: Deployment, model: Path) -> Deployment:
+    """The deployment with a copy of the model of its own: what the given folder holds later does not matter."""
+    from stocktake.serving.counter import exported_folder
+
+    exported = exported_folder(model)
+    copy = folder / "model" / str(wanted.generation)
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    try:
+        for name in ("counter.json", "counter.onnx"):
+            shutil.copyfile(exported / name, copy / name)
+        if (model / "registered_model_meta").exists():
+            shutil.copyfile(model / "registered_model_meta", copy / "registered_model_meta")
+    except OSError as error:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise StocktakeError(
+            f"{wanted.model_uri} holds no exported model ({error.strerror}: {error.filename}): give one that stocktake"
+            " has logged or exported"
+        ) from None
+    return Deployment(str(copy), wanted.model_uri, wanted.version, wanted.settings, wanted.generation)
+
+
+def _launch(folder: Path) -> None:
+    """Start the supervisor and wait until it serves."""
+    since = _log_size(folder)
+    before = files.read_state(folder)
+    with (folder / files.LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stocktake.serving.serve", "--endpoint", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=with_this_package(),
+            start_new_session=True,  # the terminal's end is not its end
+        )
+    _started[:] = [one for one in [*_started, process] if one.poll() is None]
+    deadline = time.monotonic() + START_SECONDS + _LATER_SECONDS
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            state = files.read_state(folder)
+            if state and state.supervisor.pid == process.pid and state != before and state.status == "serving":
+                return
+            time.sleep(_PAUSE)
+    except BaseException:
+        process.kill()
+        raise
+    process.kill()
+    process.wait()
+    state = files.read_state(folder)
+    reason = state.error if state and state.supervisor.pid == process.pid else None
+    tail = files.log_tail(folder, since)
+    raise StocktakeError(
+        f"the endpoint {folder.name} did not come up: {reason or f'exit code {process.returncode}'}"
+        + (f"\nits log ended with:\n{tail}" if tail else "")
+    )
+
+
+def _wait(folder: Path, generation: int, since: int) -> None:
+    """Until the supervisor serves the generation, or has given it up."""
+    deadline = time.monotonic() + START_SECONDS + _LATER_SECONDS
+    while True:
+        state = files.read_state(folder)
+        if state and state.generation == generation and state.status == "serving":
+            return
+        reason = None
+        if state and state.failed_generation == generation:
+            reason = f"{state.error}; the model before it is served as before"
+        elif not _lives(folder):
+            reason = "its process was killed: an update starts it again"
+        elif time.monotonic() > deadline:
+            reason = f"nothing happened for {deadline:g} s"
+        if reason:
+            tail = files.log_tail(folder, since)
+            raise StocktakeError(
+                f"the update of the endpoint {folder.name} failed: {reason}"
+                + (f"\nits log ended with:\n{tail}" if tail else "")
+            )
+        time.sleep(_PAUSE)
+
+
+def _settle(folder: Path) -> None:
+    """Wait for the end of an update whose command was killed."""
+    while (state := files.read_state(folder)) and state.status in ("starting", "updating"):
+        if not state.supervisor.alive():
+            return
+        time.sleep(_PAUSE)
+
+
+def _end(folder: Path) -> None:
+    """End every process of the endpoint."""
+    try:
+        state, patience = files.read_state(folder), files.read_wanted(folder).server.drain_seconds
+    except StocktakeError:  # a damaged file: the supervisor sees that its folder is gone
+        return
+    if state:
+        state.supervisor.signal(signal.SIGTERM)
+        _outlive([state.supervisor], patience + _LATER_SECONDS)
+        _outlive([*state.workers], _LATER_SECONDS)
+
+
+def _outlive(processes: list[Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(process.alive() for process in processes):
+        for one in _started:
+            one.poll()
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.signal(signal.SIGKILL)
+        time.sleep(_PAUSE)
+
+
+def _lives(folder: Path) -> bool:
+    state = files.read_state(folder)
+    return state is not None and state.supervisor.alive()
+
+
+def _log_size(folder: Path) -> int:
+    log = folder / files.LOG
+    return log.stat().st_size if log.exists() else 0
+
+
+def _read(folder: Path) -> Endpoint:
+    """What is known of the endpoint, checked against its process."""
+    wanted, state = files.read_wanted(folder), files.read_state(folder)
+    alive = state is not None and state.supervisor.alive()
+    status, error = _status(folder, state, alive)
+    return Endpoint(
+        name=folder.name,
+        status=status,
+        address=state.address if state else "",
+        model_uri=wanted.model_uri,
+        version=(state and state.version) or wanted.version,
+        generation=wanted.generation,
+        settings=wanted.settings,
+        pid=state.supervisor.pid if state and alive else None,
+        workers=tuple(worker.pid for worker in state.workers if worker.alive()) if state else (),
+        error=error,
+        model=Path(wanted.model),
+        log=folder / files.LOG,
+    )
+
+
+def _status(folder: Path, state: State | None, alive: bool) -> tuple[Status, str | None]:
+    if state and (alive or state.status in ("stopped", "failed")):
+        return state.status, state.error
+    lock = _lock(folder)
+    if not lock.try_acquire():
+        return "starting", None  # a command is at it
+    lock.release()
+    return "dead", "its process was killed, or the machine was started anew: an update starts it again"

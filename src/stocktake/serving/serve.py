@@ -1,0 +1,107 @@
+"""`serve`: the server as SageMaker starts it, without arguments, and as people start it on their own machine.
+
+Settings come from options, else STOCKTAKE_<SETTING>, else SageMaker's own variables, else the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from stocktake.errors import StocktakeError
+from stocktake.serving import deployment as files
+from stocktake.serving.deployment import Deployment
+from stocktake.serving.settings import ServerSettings
+from stocktake.serving.supervisor import Supervisor
+
+CONTAINER_MODEL = "/opt/ml/model"
+"""Where SageMaker puts the model."""
+_PREFIX = "STOCKTAKE_"
+_SAGEMAKER = {"SAGEMAKER_BIND_TO_PORT": "port", "SAGEMAKER_MODEL_SERVER_WORKERS": "workers"}
+_EXAMPLES = """examples:
+  serve                                         in a container: serves /opt/ml/model on port 8080
+  serve exported/ --port 0 --page true          a folder of this machine, on any free port, with a page for people
+  STOCKTAKE_WORKERS=2 STOCKTAKE_HOST=0.0.0.0 serve
+  kill -HUP PID                                 load the model folder anew, without dropping a request
+
+Every setting can be given as STOCKTAKE_<SETTING>, the model as STOCKTAKE_MODEL_DIR and its version as
+STOCKTAKE_MODEL_VERSION. SAGEMAKER_BIND_TO_PORT and SAGEMAKER_MODEL_SERVER_WORKERS are heeded too."""
+
+
+def main() -> NoReturn:
+    """Serve until SIGTERM. Exit codes: 0 told to end, 1 the model did not come up, 2 a mistake in the call."""
+    given = _parse(sys.argv[1:])
+    try:
+        if given.pop("endpoint", None):
+            folder = Path(given["model"])
+            supervisor = Supervisor(lambda: files.read_wanted(folder), folder)
+        else:
+            deployment = deployment_of(given, os.environ)
+            supervisor = Supervisor(lambda: deployment)
+        sys.exit(supervisor.run())
+    except StocktakeError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def deployment_of(given: Mapping[str, str], environment: Mapping[str, str]) -> Deployment:
+    """What options and environment ask for.
+
+    Raises:
+        StocktakeError: a bad value, naming the option or variable; or the model folder is missing.
+    """
+    asked = {setting: (environment[name], name) for name, setting in _SAGEMAKER.items() if environment.get(name)}
+    for setting in _settings():
+        name = _PREFIX + setting.upper()
+        if environment.get(name):
+            asked[setting] = (environment[name], name)
+    asked |= {name: (value, f"--{name}") for name, value in given.items() if name not in ("model", "model_version")}
+    for setting, (value, source) in asked.items():
+        try:
+            ServerSettings.read({setting: value})
+        except StocktakeError as error:
+            raise StocktakeError(f"{source}: {error}") from None
+    model = given.get("model") or environment.get(f"{_PREFIX}MODEL_DIR") or CONTAINER_MODEL
+    if not Path(model).is_dir():
+        raise StocktakeError(f"there is no model folder {model}: name one, or set {_PREFIX}MODEL_DIR")
+    version = given.get("model_version") or environment.get(f"{_PREFIX}MODEL_VERSION") or None
+    return Deployment(model, model, version, {setting: value for setting, (value, _) in asked.items()})
+
+
+def _settings() -> list[str]:
+    return list(ServerSettings.__dataclass_fields__)
+
+
+def _parse(arguments: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="serve",
+        description="Serve a counting model over HTTP: GET /ping, POST /invocations.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", help="folder of an exported model, or an MLflow model folder")
+    parser.add_argument("--model_version", metavar="TEXT", help="what answers bear as model_version")
+    parser.add_argument("--endpoint", action="store_true", help=argparse.SUPPRESS)  # the folder is an endpoint's
+    described = _descriptions() if {"-h", "--help"} & set(arguments) else {}
+    for setting in _settings():
+        parser.add_argument(f"--{setting}", metavar="VALUE", help=described.get(setting, "").replace("%", "%%"))
+    return vars(parser.parse_args(arguments))
+
+
+def _descriptions() -> dict[str, str]:
+    """Of every setting, its docstring and default."""
+    from docstring_parser import parse_from_object
+
+    defaults = ServerSettings()
+    parts = {part.arg_name: part.description or "" for part in parse_from_object(ServerSettings).params}
+    return {name: f"{' '.join(text.split())} ({getattr(defaults, name)})" for name, text in parts.items()}
+
+
+if __name__ == "__main__":
+    main()
