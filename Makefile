@@ -42,9 +42,11 @@ format: setup ## format the code
 	ruff check --fix .
 	ruff format .
 
-lock: $(UV) ## pin every dependency anew, with hashes, for all platforms
-	$(UV) pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 --generate-hashes \
-		--no-header --no-annotate --no-emit-index-url --quiet --upgrade --output-file requirements.lock
+PIN = $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	--no-emit-index-url --quiet
+lock: $(UV) ## pin every dependency anew, with hashes, for all platforms; those of the serving image are among them
+	$(PIN) --all-extras --group dev --upgrade --output-file requirements.lock
+	$(PIN) --extra serving --constraint requirements.lock --output-file deploy/container/requirements.lock
 	digest=$$(python3 -c "import hashlib; print(hashlib.sha256(open('requirements.lock','rb').read()).hexdigest()[:16])") \
 		&& sed -i.bak "s/sha256 [0-9a-f]*/sha256 $$digest/" conda.yaml && rm conda.yaml.bak
 
