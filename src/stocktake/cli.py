@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class Command:
     examples: tuple[str, ...]
     is_distributed: bool = False
     """Whether torchrun may run it in several processes."""
+    words: str | None = None
+    """The setting, a list, that words before the first option belong to."""
 
 
 COMMANDS = {
@@ -125,6 +128,32 @@ COMMANDS = {
     "registry": Command(
         config.RegistryConfig, "registry:registry", ("stocktake registry", "stocktake registry --format json")
     ),
+    "serve": Command(
+        config.ServeConfig,
+        "serve:serve",
+        (
+            "stocktake serve",
+            "stocktake serve --model workspace/runs/frozen-1a2b3c/model --server.port 0 --server.page true",
+        ),
+    ),
+    "deploy": Command(
+        config.DeployConfig,
+        "deploy:deploy",
+        (
+            "stocktake deploy --root ../bins",
+            "stocktake deploy --model models:/stocktake/3 --name trial --server.port 0 --server.workers 2",
+        ),
+    ),
+    "predict": Command(
+        config.PredictConfig,
+        "predict:predict",
+        (
+            "stocktake predict shelf.jpg",
+            "stocktake predict photos/ --endpoint bins --format jsonl --output counts.jsonl",
+            "stocktake predict records.csv --model models:/stocktake/3 --format csv",
+        ),
+        words="photos",
+    ),
     "sync": Command(
         config.SyncConfig, "sync:sync", ("stocktake sync", "stocktake sync --tracking.uri http://host:5000")
     ),
@@ -213,6 +242,9 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     )
     parser.add_argument(_EXPERIMENT, action="config", help="YAML of settings, such as experiments/quick.yaml.")
     parser.add_class_arguments(command.config, as_group=False)
+    free = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    if command.words and free:
+        arguments = [f"--{command.words}", json.dumps(arguments[:free]), *arguments[free:]]
     words = _with_values(arguments, command.config)
     experiment = _take(words, _EXPERIMENT)
     read = ""
