@@ -141,6 +141,33 @@ def fetch_model(uri: str, destination: Path, tracking: TrackingConfig | None = N
     return destination
 
 
+def pinned(uri: str, tracking: TrackingConfig) -> str:
+    """models:/NAME/VERSION for models:/NAME@ALIAS and models:/NAME/latest; what else there is, as it is.
+
+    What does not exist comes back as it is too: `fetch_model` says what there is.
+
+    Raises:
+        StocktakeError: the store cannot be used.
+    """
+    place = uri.removeprefix("models:/")
+    name, mark, alias = place.partition("@")
+    if not uri.startswith("models:/") or not (mark or place.endswith("/latest")):
+        return uri
+    connection = Connection(resolve(tracking), request_seconds=60)
+    connection.open()
+    from mlflow.exceptions import MlflowException
+
+    with connection.bounded():
+        if not mark:
+            name = place.removesuffix("/latest")
+            numbers = [int(one.version) for one in _versions(connection.client, name)]
+            return f"models:/{name}/{max(numbers)}" if numbers else uri
+        try:
+            return f"models:/{name}/{connection.client.get_model_version_by_alias(name, alias).version}"
+        except MlflowException:
+            return uri
+
+
 def _ensure_registered_model(client: Any, name: str) -> None:
     from mlflow.exceptions import MlflowException
 

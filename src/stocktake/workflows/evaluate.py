@@ -16,8 +16,9 @@ from stocktake.evaluation.calibration import Calibration
 from stocktake.evaluation.report import write_report
 from stocktake.progress import progress
 from stocktake.serving.counter import FOLDER, Counter
-from stocktake.tracking.registry import fetch_model
+from stocktake.tracking.registry import fetch_model, pinned
 from stocktake.tracking.runs import start_run
+from stocktake.tracking.versions import version_label
 from stocktake.workflows.rung import dataset_record, prediction_table, print_test_lines
 
 
@@ -27,8 +28,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     Returns:
         `<split>/...` metrics with intervals.
     """
+    address = pinned(config.model, config.tracking)  # the alias may move meanwhile
     with tempfile.TemporaryDirectory() as temporary:
-        folder = fetch_model(config.model, Path(temporary) / "model", config.tracking)
+        folder = fetch_model(address, Path(temporary) / "model", config.tracking)
         counter = Counter(folder / "artifacts" / FOLDER, threads=2)
     labels = parse_task(config.task)
     if counter.labels != labels:
@@ -46,7 +48,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         "data.root": manifest.source.root,
         "data.fingerprint": manifest.fingerprint,
         "model": config.model,
+        "on": config.on,
     }
+    if (version := version_label(address, config.tracking)) is not None:
+        tags["model.version"] = version
     with start_run(config.tracking, workspace=Path(config.workspace), name="evaluate", tags=tags) as run:
         run.log_params({"model": config.model, "on": config.on, "task": config.task, "seed": config.seed})
         run.log_dataset(dataset_record(manifest), "evaluation")
