@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ _BROKEN = (http.client.RemoteDisconnected, http.client.BadStatusLine, Connection
 
 
 class Client:
-    """One server. May be used by several threads at once: each has a connection of its own."""
+    """One server. May be used by several threads at once."""
 
     def __init__(self, address: str, seconds: float = 60.0) -> None:
         """Nothing is sent yet.
@@ -42,7 +41,7 @@ class Client:
         self._secure, self._host, self._port = parts.scheme == "https", host, port
         self._path = f"{parts.path.rstrip('/').removesuffix('/invocations')}/invocations"
         self._seconds = seconds
-        self._mine = threading.local()
+        self._idle: list[http.client.HTTPConnection] = []  # a connection is for one thread at a time
 
     def count(self, photo: bytes) -> Count:
         """What the server says of one photo.
@@ -77,29 +76,25 @@ class Client:
 
     def _post(self, photo: bytes) -> tuple[int, float, bytes]:
         """Status, seconds to wait before asking again, body. A kept connection that was closed is opened again."""
-        for attempt in (1, 2):
+        while True:
             try:
-                connection = self._connection()
+                connection, kept = self._idle.pop(), True
+            except IndexError:
+                kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+                connection, kept = kind(self._host, self._port, timeout=self._seconds), False
+            try:
                 connection.request("POST", self._path, photo, {"Content-Type": "application/octet-stream"})
                 answer = connection.getresponse()
                 body = answer.read()
             except (OSError, http.client.HTTPException) as error:
-                self._mine.connection = None
-                if attempt == 1 and isinstance(error, _BROKEN):
+                connection.close()
+                if kept and isinstance(error, _BROKEN):
                     continue
                 why = str(error) or type(error).__name__
                 raise StocktakeError(f"{self.address} does not answer ({why}): is it running?") from None
-            else:
-                wait = answer.headers.get("Retry-After", "")
-                return answer.status, float(wait) if wait.isdecimal() else 1.0, body
-        raise AssertionError("unreachable")
-
-    def _connection(self) -> http.client.HTTPConnection:
-        held: http.client.HTTPConnection | None = getattr(self._mine, "connection", None)
-        if held is None:
-            kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-            held = self._mine.connection = kind(self._host, self._port, timeout=self._seconds)
-        return held
+            self._idle.append(connection)
+            wait = answer.headers.get("Retry-After", "")
+            return answer.status, float(wait) if wait.isdecimal() else 1.0, body
 
 
 def _count_of(body: bytes, address: str) -> Count:

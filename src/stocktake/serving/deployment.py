@@ -159,6 +159,17 @@ def log_tail(folder: Path, since: int = 0, lines: int = 15) -> str:
     return "\n".join(written.splitlines()[-lines:])
 
 
+def version_of(model: Path) -> str | None:
+    """NAME/VERSION of a model folder that MLflow fetched from a registry; None for any other."""
+    import yaml
+
+    try:
+        fetched = yaml.safe_load((model / "registered_model_meta").read_text(encoding="utf-8"))
+        return f"{fetched['model_name']}/{fetched['model_version']}"
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+
+
 def _read(path: Path, kind: type) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(kind)}
     try:

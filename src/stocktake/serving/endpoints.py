@@ -23,7 +23,7 @@ from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
 from stocktake.serving import deployment as files
 from stocktake.serving.crew import START_SECONDS, with_this_package
-from stocktake.serving.deployment import Deployment, Process, State, Status
+from stocktake.serving.deployment import Deployment, Process, State, Status, version_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _PAUSE = 0.05
@@ -102,6 +102,7 @@ def update(
     *,
     model_uri: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    exactly: bool = False,
 ) -> Endpoint:
     """Serve another model or with other settings, without dropping a request; a dead endpoint is started again.
 
@@ -110,6 +111,7 @@ def update(
         model: default: the model that it serves.
         model_uri: where `model` came from.
         settings: those that change.
+        exactly: whether `settings` are all; else the others stay as they are.
 
     Raises:
         StocktakeError: no such endpoint, a bad setting, or the new workers did not come up: then the old ones serve on.
@@ -123,7 +125,7 @@ def update(
             before.model,
             model_uri or before.model_uri,
             version_of(model) if model else before.version,
-            {**before.settings, **(settings or {})},
+            {**({} if exactly else before.settings), **(settings or {})},
             newest + 1,
         )
         wanted.server  # noqa: B018 - bad settings are told before anything changes
@@ -170,17 +172,6 @@ def delete(name: str) -> None:
         _there(folder)
         _end(folder)
         shutil.rmtree(folder)
-
-
-def version_of(model: Path) -> str | None:
-    """NAME/VERSION of a model folder that MLflow fetched from a registry; None for any other."""
-    import yaml
-
-    try:
-        fetched = yaml.safe_load((model / "registered_model_meta").read_text(encoding="utf-8"))
-        return f"{fetched['model_name']}/{fetched['model_version']}"
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return None
 
 
 def _checked(name: str) -> str:

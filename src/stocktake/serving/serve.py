@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from stocktake.errors import StocktakeError
 from stocktake.serving import deployment as files
-from stocktake.serving.deployment import Deployment
+from stocktake.serving.deployment import Deployment, version_of
 from stocktake.serving.settings import ServerSettings
 from stocktake.serving.supervisor import Supervisor
 
@@ -68,8 +68,17 @@ def deployment_of(given: Mapping[str, str], environment: Mapping[str, str]) -> D
     model = given.get("model") or environment.get(f"{_PREFIX}MODEL_DIR") or CONTAINER_MODEL
     if not Path(model).is_dir():
         raise StocktakeError(f"there is no model folder {model}: name one, or set {_PREFIX}MODEL_DIR")
-    version = given.get("model_version") or environment.get(f"{_PREFIX}MODEL_VERSION") or None
+    version = given.get("model_version") or environment.get(f"{_PREFIX}MODEL_VERSION") or version_of(Path(model))
     return Deployment(model, model, version, {setting: value for setting, (value, _) in asked.items()})
+
+
+def setting_descriptions() -> dict[str, str]:
+    """Of every setting, its docstring and default, for people."""
+    from docstring_parser import parse_from_object
+
+    defaults = ServerSettings()
+    parts = {part.arg_name: part.description or "" for part in parse_from_object(ServerSettings).params}
+    return {name: f"{' '.join(text.split())} ({getattr(defaults, name)})" for name, text in parts.items()}
 
 
 def _settings() -> list[str]:
@@ -88,19 +97,10 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("model", nargs="?", help="folder of an exported model, or an MLflow model folder")
     parser.add_argument("--model_version", metavar="TEXT", help="what answers bear as model_version")
     parser.add_argument("--endpoint", action="store_true", help=argparse.SUPPRESS)  # the folder is an endpoint's
-    described = _descriptions() if {"-h", "--help"} & set(arguments) else {}
+    described = setting_descriptions() if {"-h", "--help"} & set(arguments) else {}
     for setting in _settings():
         parser.add_argument(f"--{setting}", metavar="VALUE", help=described.get(setting, "").replace("%", "%%"))
     return vars(parser.parse_args(arguments))
-
-
-def _descriptions() -> dict[str, str]:
-    """Of every setting, its docstring and default."""
-    from docstring_parser import parse_from_object
-
-    defaults = ServerSettings()
-    parts = {part.arg_name: part.description or "" for part in parse_from_object(ServerSettings).params}
-    return {name: f"{' '.join(text.split())} ({getattr(defaults, name)})" for name, text in parts.items()}
 
 
 if __name__ == "__main__":
