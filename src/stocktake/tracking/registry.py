@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from stocktake.tracking.runs import TrackedRun
 
 CANDIDATE = "candidate"
-_ASKED_TAG = "registered_ms"
-_COPIED_TAGS = ("task", "stage", "data.fingerprint")
+ASKED_TAG = "registered_ms"
+COPIED_TAGS = ("task", "stage", "data.fingerprint")
 _MODEL_DESCRIPTION = (
     "Counts the items in a warehouse bin: image bytes in; quantity, confidence and probabilities out."
     " The alias `candidate` is the last version that a ladder proposed, `champion` the one that is deployed."
@@ -53,7 +53,7 @@ def register_candidate(
         raise StocktakeError(f"the run {folder.state.name} has no model {model!r} to register; it has {held}")
     wanted = [one for one in folder.state.registrations if (one.model, one.registered_name) == (model, model_name)]
     if not wanted:
-        version_tags = {key: folder.tags[key] for key in _COPIED_TAGS if key in folder.tags}
+        version_tags = {key: folder.tags[key] for key in COPIED_TAGS if key in folder.tags}
         score = folder.final_metrics().get("val/macro_f1")
         if score is not None:
             version_tags["val/macro_f1"] = f"{score:.6g}"
@@ -74,25 +74,32 @@ def register_pending(folder: RunFolder, connection: Connection) -> None:
         entry = upload.models.get(wanted.model)
         if entry is None or not entry.done:
             raise StocktakeError(f"the model {wanted.model!r} is not uploaded yet")
-        _ensure_registered_model(client, wanted.registered_name)
-        source = f"models:/{entry.id}"
-        held = [one for one in _versions(client, wanted.registered_name) if one.source == source]
-        version = (
-            held[0]
-            if held
-            else client.create_model_version(
-                wanted.registered_name,
-                source,
-                run_id=upload.run_id,
-                tags={**wanted.tags, _ASKED_TAG: str(wanted.asked_ms)},
-                description=wanted.description,
-                await_creation_for=0,
-                model_id=entry.id,
-            )
+        tags = {**wanted.tags, ASKED_TAG: str(wanted.asked_ms)}
+        version = version_of_model(
+            client, wanted.registered_name, str(entry.id), upload.run_id, tags, wanted.description
         )
         if not _is_newer(client, wanted.registered_name, wanted.asked_ms):
-            client.set_registered_model_alias(wanted.registered_name, CANDIDATE, version.version)
-        wanted.version = str(version.version)
+            client.set_registered_model_alias(wanted.registered_name, CANDIDATE, version)
+        wanted.version = version
+
+
+def version_of_model(
+    client: Any, name: str, model_id: str, run_id: str | None, tags: Mapping[str, str], description: str
+) -> str:
+    """The version of a registered model that a logged model is: the one there is, else a new one."""
+    _ensure_registered_model(client, name)
+    source = f"models:/{model_id}"
+    held = next((one for one in _versions(client, name) if one.source == source), None)
+    version = held or client.create_model_version(
+        name,
+        source,
+        run_id=run_id,
+        tags=dict(tags),
+        description=description,
+        await_creation_for=0,
+        model_id=model_id,
+    )
+    return str(version.version)
 
 
 def fetch_model(uri: str, destination: Path, tracking: TrackingConfig | None = None) -> Path:
@@ -189,7 +196,7 @@ def _is_newer(client: Any, name: str, asked_ms: int) -> bool:
     if CANDIDATE not in aliases:
         return False
     held = client.get_model_version(name, aliases[CANDIDATE])
-    return int(held.tags.get(_ASKED_TAG, 0)) > asked_ms
+    return int(held.tags.get(ASKED_TAG, 0)) > asked_ms
 
 
 def _existing(client: Any, uri: str) -> str:
