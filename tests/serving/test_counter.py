@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,75 @@ def test_png_and_webp_are_photos_too(exported: Path) -> None:
 def test_a_bad_photo_is_told(photo: bytes, exported: Path) -> None:
     with pytest.raises(PhotoError, match="photo"):
         Counter(exported).count([draw_bin(1, 903), photo])
+
+
+@pytest.mark.parametrize("kind", ["majority", "pca_svm", "network"])
+def test_the_engines_agree(kind: str, few_bins, tmp_path: Path) -> None:
+    export_model(tiny_model(kind, few_bins), tmp_path)
+    prepared = few_bins.photos.read(few_bins.manifest.bins["hash"].tolist())
+    one, other = Counter(tmp_path, engine="openvino"), Counter(tmp_path, engine="onnxruntime")
+    assert one.engine.startswith("openvino ")
+    assert other.engine.startswith("onnxruntime ")
+    np.testing.assert_allclose(one.probabilities(prepared), other.probabilities(prepared), atol=1e-4)
+
+
+def test_without_openvino_it_is_onnxruntime_and_without_either_it_is_told(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(draw_bin(2, 905))
+    code = (
+        "import sys, pathlib, importlib.util as u\n"
+        "missing = sys.argv[3:]\n"
+        "import stocktake.serving.counter as counter\n"
+        "counter.find_spec = lambda name: None if name in missing else u.find_spec(name)\n"
+        "one = counter.Counter(pathlib.Path(sys.argv[1]))\n"
+        "print(one.engine.split()[0], one.count([pathlib.Path(sys.argv[2]).read_bytes()])[0].quantity)\n"
+    )
+
+    def without(*missing: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, str(exported), str(tmp_path / "photo.jpg"), *missing]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    (count,) = Counter(exported).count([draw_bin(2, 905)])
+    assert without().stdout == f"openvino {count.quantity}\n"
+    assert without("openvino").stdout == f"onnxruntime {count.quantity}\n"
+    assert r"pip install 'stocktake[serving]'" in without("openvino", "onnxruntime").stderr
+
+
+def test_several_threads_get_their_own_answers(exported: Path) -> None:
+    counter = Counter(exported, threads=2)
+    photos = [draw_bin(quantity, seed) for seed in range(40, 60) for quantity in (1, 2, 3)]
+    expected = [count.probabilities for count in counter.count(photos)]
+    with ThreadPoolExecutor(8) as threads:
+        found = [counts[0].probabilities for counts in threads.map(lambda photo: counter.count([photo]), photos)]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_the_conformal_set_holds_what_is_likely_enough(exported: Path, copied: Path) -> None:
+    photos = [draw_bin(quantity, 906) for quantity in (1, 2, 3)]
+    description = json.loads((copied / "counter.json").read_text())
+    for threshold in (0.0, 0.15, 0.999):
+        calibration = {"temperature": 1.0, "set_threshold": threshold}
+        (copied / "counter.json").write_text(json.dumps(description | {"calibration": calibration}))
+        for count in Counter(copied).count(photos):
+            likely = {label for label, share in count.probabilities.items() if share >= threshold}
+            assert set(count.quantities) == likely | {count.quantity}
+
+
+def test_answers_bear_the_models_version(exported: Path, copied: Path) -> None:
+    photo = draw_bin(1, 907)
+    assert Counter(exported, version="stocktake/3").count([photo])[0].model_version == "stocktake/3"
+    own = Counter(exported).version
+    assert own == Counter(copied).version, "of the same files it is the same"
+    (copied / "counter.json").write_text((copied / "counter.json").read_text() + " ")
+    assert own != Counter(copied).version
+
+
+def test_an_older_export_is_still_served(copied: Path) -> None:
+    description = json.loads((copied / "counter.json").read_text())
+    older = {key: value for key, value in description.items() if key not in ("precision", "check")}
+    (copied / "counter.json").write_text(json.dumps(older | {"format": 1, "calibration": {"temperature": 1.0}}))
+    (count,) = Counter(copied).count([draw_bin(3, 908)])
+    assert count.quantities == (1, 2, 3), "of a set nothing was fitted"
 
 
 def test_temperature_softens_and_keeps_the_answer(exported: Path, copied: Path) -> None:

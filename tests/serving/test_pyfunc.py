@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -116,3 +124,55 @@ def test_it_answers_where_neither_the_package_nor_torch_is_installed(
         moved.rename(saved)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-2:] == ["quantity", str(Counter(exported).count([PHOTOS[1]])[0].quantity)]
+
+
+def test_its_requirements_are_those_of_the_serving_extra(saved: Path) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extra = [*project["dependencies"], *project["optional-dependencies"]["serving"]]
+    names = {re.split(r"[^\w.-]", name)[0] for name in extra}
+    for line in (saved / "requirements.txt").read_text().split():
+        name, _, pinned = line.partition("==")
+        assert name in names
+        assert pinned
+
+
+@pytest.mark.slow
+def test_mlflows_own_server_takes_it(saved: Path, exported: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(saved), "-p", str(port)]
+    # mlflow starts the uvicorn that it finds on the path
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [*command, "--env-manager", "local"],
+            stdout=file,
+            stderr=file,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            start_new_session=True,
+        )
+    try:
+        encoded = [[base64.b64encode(photo).decode()] for photo in PHOTOS]
+        body = json.dumps({"dataframe_split": {"columns": ["photo"], "data": encoded}}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                answer = urllib.request.urlopen(request, timeout=60)
+                break
+            except urllib.error.HTTPError as error:
+                raise AssertionError(error.read()) from None
+            except OSError:
+                assert server.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.2)
+        found = json.load(answer)["predictions"]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+    assert [row["quantity"] for row in found] == [count.quantity for count in Counter(exported).count(PHOTOS)]
