@@ -176,6 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not ranks.is_told():
             print(f"stocktake: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, ranks.JobFailedError) else 2)
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "stocktake").partition(".")[0] == "stocktake":
+            raise
+        print(
+            f"stocktake: {' '.join(given[:1])} needs {error.name}, which is not installed: "
+            "pip install 'stocktake[serving,training]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise

@@ -136,6 +136,16 @@ def test_it_starts_as_sagemaker_starts_it_and_ends_when_told(
             server.wait()
 
 
+@pytest.mark.slow
+def test_what_needs_more_is_told_there(installed: Installed) -> None:
+    command = [str(installed.folder / "bin" / "stocktake"), "train", "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=installed.folder)
+    assert done.returncode == 2
+    assert "train needs " in done.stderr
+    assert "pip install 'stocktake[serving,training]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_image_runs_as_an_ordinary_user_from_pinned_packages() -> None:
     lines = DOCKERFILE.splitlines()
     assert "USER stocktake" in lines
