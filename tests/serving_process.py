@@ -36,10 +36,10 @@ class Answer:
 class ServerProcess:
     """`run_worker` in another process. While the file `gate` exists, its forward passes wait."""
 
-    def __init__(self, folder: Path, scratch: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, scratch: Path, listener: socket.socket | None = None, **settings: Any) -> None:
         self.gate = scratch / "gate"
         self.log = scratch / "server.log"
-        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        listener = listener.dup() if listener else socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = listener.getsockname()[1]
         order = {"folder": str(folder), "gate": str(self.gate), "listener": listener.fileno(), "settings": settings}
         with self.log.open("wb") as log:

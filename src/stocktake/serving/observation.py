@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stocktake.serving.counter import Count
-from stocktake.serving.payloads import RequestError, encoded
+from stocktake.serving.payloads import JSON, RequestError, encoded
 
 ID_HEADERS = (b"x-request-id", b"x-amzn-sagemaker-inference-id", b"x-amzn-requestid")
 _SOUND_ID = re.compile(rb"[\w.:=@/+-]{1,128}", re.ASCII)
@@ -143,12 +144,16 @@ class Observed:
         fault: dict[str, Any] = {}
         try:
             await self._app(scope, receive, observed)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            if not status:
+                await _send(RequestError(503, "the server is ending: try again", {"retry-after": "1"}), observed)
         except Exception as error:
             import traceback
 
             fault = {"fault": "".join(traceback.format_exception(error))}
             if not status:
-                await _send_fault(identity.decode(), observed)
+                reason = f"the server failed; its log says why, at request {identity.decode()}"
+                await _send(RequestError(500, reason), observed)
         seconds = time.perf_counter() - start
         path = scope["path"] if scope["path"] in self._paths else "other"
         self._metrics.answered(path, status, seconds)
@@ -167,12 +172,11 @@ class Observed:
         )
 
 
-async def _send_fault(identity: str, send: Send) -> None:
-    fault = RequestError(500, f"the server failed; its log says why, at request {identity}")
-    headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
-    body = encoded(fault.document())
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
+async def _send(error: RequestError, send: Send) -> None:
+    body = encoded(error.document())
+    headers = {"content-type": JSON, "content-length": str(len(body)), **error.headers}
+    encoded_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded_headers})
     await send({"type": "http.response.body", "body": body})
 
 
