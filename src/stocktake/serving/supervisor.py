@@ -31,7 +31,7 @@ from stocktake.serving.worker import READY
 _WELL_SECONDS = 60.0  # a worker that lived for so long is started again at once when it dies
 _LONGEST_PAUSE = 30.0
 _LARGEST_LOG = 10_000_000  # bytes, and as many in the older file
-_TICK_SECONDS = 5.0
+_TICK_SECONDS = 2.0
 
 
 class Supervisor:

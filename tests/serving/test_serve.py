@@ -1,0 +1,198 @@
+"""`serve` as SageMaker starts it and as people do: real processes, signals, exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from stocktake.errors import StocktakeError
+from stocktake.serving.client import Client
+from stocktake.serving.counter import Counter
+from stocktake.serving.serve import deployment_of
+from tiny_bins import draw_bin
+
+PHOTO = draw_bin(3, 710)
+COMMAND = [sys.executable, "-m", "stocktake.serving.serve"]
+
+
+class Served:
+    """A running `serve`."""
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+        self.log = folder / "log.txt"
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("STOCKTAKE_", "SAGEMAKER_"))}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*COMMAND, *arguments], cwd=folder, env=own | environment, stdout=log, stderr=log
+            )
+
+    @property
+    def address(self) -> str:
+        """Once it serves."""
+        found = self.wait_for(
+            lambda: re.search(r"serving \S+ on (http://\S+?)[\s\",]", self.log.read_text()), "an address"
+        )
+        return str(found[1])
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"waited {seconds} s for {what}; {self.log.read_text()}"
+            time.sleep(0.05)
+        return found
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """serve("MODEL", "--port", "0", STOCKTAKE_WORKERS="2"): started here, and ended after the test."""
+    started: list[Served] = []
+
+    def start(*arguments: str, **environment: str) -> Served:
+        started.append(Served(tmp_path, *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_as_sagemaker_starts_it(serve: Callable[..., Served], counter_folder: Path, free_port: int) -> None:
+    """Without arguments, told by the environment; all end at SIGTERM with 0."""
+    served = serve(
+        STOCKTAKE_MODEL_DIR=str(counter_folder),
+        STOCKTAKE_MODEL_VERSION="stocktake/7",
+        STOCKTAKE_HOST="0.0.0.0",
+        SAGEMAKER_BIND_TO_PORT=str(free_port),
+        SAGEMAKER_MODEL_SERVER_WORKERS="2",
+    )
+    assert served.address == f"http://127.0.0.1:{free_port}"
+    with urllib.request.urlopen(f"{served.address}/ping", timeout=30) as answer:
+        assert answer.status == 200
+    count = Client(served.address).count(PHOTO)
+    assert (count.quantity, count.model_version) == (Counter(counter_folder).count([PHOTO])[0].quantity, "stocktake/7")
+    with urllib.request.urlopen(f"{served.address}/metrics", timeout=30) as answer:
+        assert 'stocktake_counted_total{quantity="' in answer.read().decode()
+    workers = served.workers
+    assert len(workers) == 2
+    served.process.terminate()
+    assert served.process.wait(60) == 0
+    assert not [worker for worker in workers if worker.is_running()]
+
+
+def test_a_request_in_work_is_answered_before_the_end(serve: Callable[..., Served], counter_folder: Path) -> None:
+    served = serve(str(counter_folder), "--port", "0")
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as slow:
+        head = (
+            f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
+        )
+        slow.sendall(head.encode() + PHOTO[:100])
+        Client(served.address).count(PHOTO)  # by now the other one's head has been read
+        served.process.terminate()
+        time.sleep(0.5)
+        assert served.process.poll() is None
+        slow.sendall(PHOTO[100:])
+        answer = slow.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b'"quantity":' in answer
+    assert served.process.wait(60) == 0
+
+
+def test_workers_do_not_outlive_a_killed_supervisor(serve: Callable[..., Served], counter_folder: Path) -> None:
+    served = serve(str(counter_folder), "--port", "0", "--workers", "2", "--threads", "1")
+    assert served.address
+    workers = served.workers
+    served.process.kill()
+    served.process.wait()
+    served.wait_for(lambda: not any(worker.is_running() for worker in workers), "the end of the workers")
+
+
+def test_a_reload_serves_what_the_folder_holds_now(
+    serve: Callable[..., Served], counter_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(counter_folder, tmp_path / "model"))
+    served = serve("model", "--port", "0")
+    client = Client(served.address)
+    before = client.count(PHOTO).model_version
+    text = (folder / "counter.json").read_text()
+    (folder / "counter.json").write_text("{")
+    served.process.send_signal(signal.SIGHUP)
+    served.wait_for(lambda: "is served as before" in served.log.read_text(), "the refusal")
+    assert client.count(PHOTO).model_version == before
+    (folder / "counter.json").write_text(text + "\n")
+    served.process.send_signal(signal.SIGHUP)
+    served.wait_for(lambda: client.count(PHOTO).model_version != before, "the other version")
+    assert client.count(PHOTO).model_version == Counter(folder).version
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nowhere"], 2, "serve: there is no model folder nowhere: name one, or set STOCKTAKE_MODEL_DIR"),
+        (["MODEL", "--workers", "none"], 2, "serve: --workers: workers none must be of type int"),
+        (["MODEL", "--port", "TAKEN"], 2, "serve: port TAKEN is in use: choose another, or 0 for any free one"),
+        ([".", "--port", "0"], 1, "serve: . did not come up: . holds no exported model"),
+    ],
+)
+def test_a_start_that_fails_says_why(
+    arguments: list[str], code: int, said: str, serve: Callable[..., Served], counter_folder: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        words = {"MODEL": str(counter_folder), "TAKEN": str(listener.getsockname()[1])}
+        served = serve(*(words.get(word, word) for word in arguments))
+        assert served.process.wait(60) == code
+    assert said.replace("TAKEN", words["TAKEN"]) in served.log.read_text()
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_it_starts_without_what_a_container_lacks() -> None:
+    heavy = ("torch", "mlflow", "jsonargparse", "pandas", "numpy", "openvino", "starlette", "docstring_parser")
+    code = f"import sys, stocktake.serving.serve; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_help_explains_every_setting() -> None:
+    shown = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "examples:" in shown
+    for setting in ("--port", "--workers", "--drain_seconds", "--page"):
+        assert setting in shown
+    assert "Photos counted in one forward pass at most" in " ".join(shown.split())
+
+
+def test_options_come_before_the_environment(tmp_path: Path) -> None:
+    environment = {"STOCKTAKE_PORT": "1", "SAGEMAKER_BIND_TO_PORT": "2", "SAGEMAKER_MODEL_SERVER_WORKERS": "2"}
+    assert deployment_of({"model": str(tmp_path), "port": "3"}, environment).server.port == 3
+    assert deployment_of({"model": str(tmp_path)}, environment).server.port == 1
+    del environment["STOCKTAKE_PORT"]
+    server = deployment_of({}, environment | {"STOCKTAKE_MODEL_DIR": str(tmp_path)}).server
+    assert (server.port, server.workers) == (2, 2)
+    assert server.threads == max(1, len(os.sched_getaffinity(0)) // 2)
+    with pytest.raises(StocktakeError, match=r"^SAGEMAKER_MODEL_SERVER_WORKERS: workers x must be of type int"):
+        deployment_of({}, {"SAGEMAKER_MODEL_SERVER_WORKERS": "x"})
+    with pytest.raises(StocktakeError, match="no model folder /opt/ml/model"):
+        deployment_of({}, {})
