@@ -44,7 +44,7 @@ def test_help_of_a_command_tells_its_options_and_examples(name: str, stocktake: 
     assert ended.out.startswith(f"usage: stocktake {name} ")
     for example in COMMANDS[name].examples:
         assert f"\n  {example}\n" in f"{ended.out}\n"
-    options = ("--workspace WORKSPACE", "--root ROOT", "--study STUDY", "--model_name MODEL_NAME")
+    options = ("--model MODEL", "--workspace WORKSPACE", "--root ROOT", "--study STUDY", "--model_name MODEL_NAME")
     assert any(option in ended.out for option in options)
 
 
