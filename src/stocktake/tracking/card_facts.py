@@ -69,11 +69,11 @@ def card_of_candidate(tracking: TrackingConfig, number: str, workspace: Path) ->
         return None
 
 
-def gather_facts(registry: ModelRegistry, version: Version) -> Facts:
-    """Everything that the store knows about a version."""
+def gather_facts(registry: ModelRegistry, version: Version, *, figures_only: bool = False) -> Facts:
+    """Everything that the store knows about a version; or without the history, the tables and the images."""
     from mlflow.exceptions import MlflowException
 
-    events = history(registry.versions())
+    events = [] if figures_only else history(registry.versions())
     measured = [event for event in events if event.version == version.number and "latency_ms" in event.figures]
     served = {**measured[-1].figures, "by": measured[-1].by} if measured else {}
     exported, size_mb = _exported(registry, version)
@@ -84,7 +84,7 @@ def gather_facts(registry: ModelRegistry, version: Version) -> Facts:
     if run is None:
         tags = version.tags
         return Facts(version, tags=tags, exported=exported, size_mb=size_mb, served=served, events=events)
-    files = _evaluation(registry, run.info.run_id)
+    files = {} if figures_only else _evaluation(registry, run.info.run_id)
     datasets = run.inputs.dataset_inputs if run.inputs else []
     profile = read_json(datasets[0].dataset.profile.encode()) if datasets and datasets[0].dataset.profile else {}
     return Facts(

@@ -87,14 +87,19 @@ def earlier_champion(events: Sequence[Event], champion: int, existing: set[int])
     return next((number for number in reversed(reigned) if number in existing and number != champion), None)
 
 
-def challenge(registry: ModelRegistry, version: Version, reason: str | None) -> Event:
+def challenge(registry: ModelRegistry, version: Version) -> None:
     """Put the alias challenger on the version.
 
     Raises:
         StocktakeError: it is the champion.
     """
-    _not_the_champion(registry, version)
+    if registry.aliases().get(CHAMPION) == version.number:
+        raise StocktakeError(f"{version.label} is the champion already: choose another --version")
     registry.set_alias(CHALLENGER, version)
+
+
+def note_challenger(registry: ModelRegistry, version: Version, reason: str | None) -> Event:
+    """Note that the version was made the challenger, and no more than that."""
     champion = registry.aliases().get(CHAMPION)
     return _record(registry, version, CHALLENGED, reason, champion, champion, {})
 
@@ -169,11 +174,6 @@ def roll_back(registry: ModelRegistry, lock: PromotionLock, reason: str | None) 
     registry.drop_alias(CHALLENGER, numbers[earlier])
     event = _record(registry, champion, ROLLED_BACK, reason, champion.number, earlier, {})
     return champion, registry.version(str(earlier)), event
-
-
-def _not_the_champion(registry: ModelRegistry, version: Version) -> None:
-    if registry.aliases().get(CHAMPION) == version.number:
-        raise StocktakeError(f"{version.label} is the champion already: choose another --version")
 
 
 def _record(

@@ -11,6 +11,7 @@ import pandas as pd
 
 from stocktake.config import LadderConfig
 from stocktake.errors import StocktakeError
+from stocktake.tracking.card_facts import card_of_candidate
 from stocktake.tracking.leaderboard import COLUMNS, as_markdown
 from stocktake.tracking.registry import register_candidate
 from stocktake.tracking.runs import start_run
@@ -62,6 +63,8 @@ def ladder(config: LadderConfig) -> dict[str, float]:
     name = config.tracking.model_name
     if version:
         print(f"\ncandidate: {name} version {version} ({best.stage}), models:/{name}@candidate")
+        if (page := card_of_candidate(config.tracking, version, Path(config.workspace))) is not None:
+            print(f"model card: {page}")
     else:
         print(f"\ncandidate: {best.stage}; `stocktake sync` registers it as {name} when the store can be reached")
     print(f"results on disk: {run.folder}")
