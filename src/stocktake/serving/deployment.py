@@ -87,6 +87,9 @@ class State:
     version: str | None = None
     """Of the model, as answers bear it."""
     workers: tuple[Process, ...] = ()
+    """That serve this generation."""
+    others: tuple[Process, ...] = ()
+    """That come up for the next one, or answer what they had begun before."""
     error: str | None = None
     """Why the last start or update failed."""
     failed_generation: int | None = None
@@ -117,7 +120,8 @@ def read_state(folder: Path) -> State | None:
         return None
     values = _read(folder / STATE, State)
     values["supervisor"] = Process(**values["supervisor"])
-    values["workers"] = tuple(Process(**one) for one in values["workers"])
+    for name in ("workers", "others"):
+        values[name] = tuple(Process(**one) for one in values[name])
     return State(**values)
 
 

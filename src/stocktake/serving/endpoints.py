@@ -48,7 +48,7 @@ class Endpoint:
     pid: int | None
     """Of the supervisor, if it lives."""
     workers: tuple[int, ...]
-    """Pids."""
+    """Pids of the processes that serve this generation."""
     error: str | None
     """What is wrong, and the way out."""
     model: Path
@@ -300,7 +300,7 @@ def _end(folder: Path) -> None:
     if state:
         state.supervisor.signal(signal.SIGTERM)
         _outlive([state.supervisor], patience + _LATER_SECONDS)
-        _outlive([*state.workers], _LATER_SECONDS)
+        _outlive([*state.workers, *state.others], _LATER_SECONDS)
 
 
 def _outlive(processes: list[Process], seconds: float) -> None:

@@ -265,15 +265,15 @@ class Supervisor:
             if self._status in ("failed", "stopped"):
                 status = self._status
         self._status = status
-        crews = [self._serving, *([self._coming] if self._coming else [])]
-        workers = [*(worker for crew in crews for worker in crew.workers), *self._leaving]
+        others = [*(self._coming.workers if self._coming else []), *self._leaving]
         state = State(
             supervisor=Process.known_as(os.getpid()),
             status=status,
             address=self.address,
             generation=self._serving.deployment.generation if self._came_up else 0,
             version=next((worker.version for worker in self._serving.workers if worker.version), None),
-            workers=tuple(worker.identity for worker in workers),
+            workers=tuple(worker.identity for worker in self._serving.workers),
+            others=tuple(worker.identity for worker in others),
             error=self._error,
             failed_generation=self._failed,
         )
