@@ -153,7 +153,8 @@ class Supervisor:
             said = b""
         if said.startswith(READY):
             worker.deadline, worker.ready_since = None, time.monotonic()
-            worker.version = said.removeprefix(READY).decode()
+            version, _, fault = said.removeprefix(READY).decode("utf-8", "replace").partition("\n")
+            worker.version, worker.reason = version, fault
             self._arrived()
         elif said:
             worker.reason += said.decode("utf-8", "replace")

@@ -18,7 +18,7 @@ from stocktake.errors import StocktakeError
 from stocktake.serving.settings import ServerSettings
 
 READY = b"ready "
-"""Told with the model's version behind it."""
+"""Told with the model's version and a line's end behind it."""
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         settings = ServerSettings(**order["settings"])
         counter = Counter(Path(order["model"]), threads=settings.threads, version=order["version"])
         listener = socket.socket(fileno=order["listener"])
-        run_worker(counter, settings, listener, lambda: line.sendall(READY + counter.version.encode()))
+        run_worker(counter, settings, listener, lambda: line.sendall(READY + counter.version.encode() + b"\n"))
     except Exception as error:
         if not isinstance(error, StocktakeError):
             traceback.print_exc()

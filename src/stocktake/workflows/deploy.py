@@ -18,8 +18,7 @@ from stocktake.serving import endpoints
 from stocktake.serving.client import Client
 from stocktake.serving.counter import Count, Counter
 from stocktake.serving.endpoints import Endpoint
-from stocktake.tracking.registry import fetch_model
-from stocktake.workflows.serve import server_settings
+from stocktake.workflows.serve import model_folder, server_settings
 
 _SHOWN = 5
 
@@ -47,7 +46,7 @@ def deploy(config: DeployConfig) -> dict[str, float]:
     photos = smoke_photos(config)
     before = next((one for one in endpoints.list_endpoints() if one.name == config.name), None)
     with tempfile.TemporaryDirectory(prefix="stocktake-deploy-") as temporary:
-        model = fetch_model(config.model, Path(temporary) / "model", config.tracking)
+        model = model_folder(config.model, Path(temporary) / "model", config.tracking)
         if before:
             kept = shutil.copytree(before.model, Path(temporary) / "before")  # the update removes it
             endpoint = endpoints.update(config.name, model, model_uri=config.model, settings=settings)

@@ -24,7 +24,7 @@ from stocktake.serving import endpoints
 from stocktake.serving.client import Client
 from stocktake.serving.counter import Count, Counter
 from stocktake.serving.deployment import version_of
-from stocktake.tracking.registry import fetch_model
+from stocktake.workflows.serve import model_folder
 
 Row = dict[str, Any]
 Answer = Count | PhotoError
@@ -151,10 +151,7 @@ def _answers_of(config: PredictConfig, temporary: Path) -> Callable[[Sequence[by
                 raise StocktakeError(f"the endpoint {endpoint.name} is {endpoint.status}: {endpoint.error}")
             address = endpoint.address
         return Client(address).count_all
-    if Path(config.model, "counter.json").is_file():
-        folder = Path(config.model)
-    else:
-        folder = fetch_model(config.model, temporary / "model", config.tracking)
+    folder = model_folder(config.model, temporary / "model", config.tracking)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counter = Counter(folder, threads=cores, version=version_of(folder))
 

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from stocktake.config import ServeConfig
+from stocktake.config import ServeConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.serving.deployment import Deployment, version_of
 from stocktake.serving.settings import ServerSettings
@@ -30,11 +30,18 @@ def serve(config: ServeConfig) -> None:
 
         def wanted() -> Deployment:
             generation = next(generations)
-            folder = fetch_model(config.model, Path(temporary) / str(generation), config.tracking)
+            folder = model_folder(config.model, Path(temporary) / str(generation), config.tracking)
             return Deployment(str(folder.absolute()), config.model, version_of(folder), settings, generation)
 
         if Supervisor(wanted).run():
             raise StocktakeError(f"{config.model} is not served: see above")
+
+
+def model_folder(model: str, destination: Path, tracking: TrackingConfig) -> Path:
+    """The local folder of a model: fetched to `destination` as `fetch_model` does, or an exported folder as it is."""
+    if Path(model, "counter.json").is_file():
+        return Path(model)
+    return fetch_model(model, destination, tracking)
 
 
 def server_settings(file: str, single: Mapping[str, Any]) -> dict[str, Any]:
