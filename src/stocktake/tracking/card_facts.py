@@ -140,7 +140,7 @@ def _exported(registry: ModelRegistry, version: Version) -> tuple[Mapping[str, A
         size = _bytes_below(registry, version.model_id, None, _DEPTH)
         with tempfile.TemporaryDirectory() as temporary:
             path = download_artifacts(
-                f"models:/{version.model_id}/{_COUNTER}",
+                f"{version.uri}/{_COUNTER}",
                 dst_path=temporary,
                 tracking_uri=stores.tracking,
                 registry_uri=stores.registry,
