@@ -6,7 +6,7 @@ from typing import Any
 
 from stocktake.serving.payloads import JSON, LINES, LINES_TYPES, PHOTO_TYPES
 
-_TEXT = {"type": "string", "format": "byte", "description": "the photo in base64"}
+_TEXT = {"type": "string", "format": "byte", "minLength": 4, "description": "the photo in base64"}
 _RECORD = {
     "oneOf": [
         _TEXT,
@@ -46,6 +46,11 @@ _ERROR = {
         }
     },
 }
+_PREDICTIONS = {
+    "type": "object",
+    "required": ["predictions"],
+    "properties": {"predictions": {"type": "array", "items": {"anyOf": [_COUNT, _ERROR]}}},
+}
 _REASONS = {
     400: "malformed",
     406: "no such answer",
@@ -60,7 +65,7 @@ _REASONS = {
 
 def document(version: str) -> dict[str, Any]:
     """Of a server whose model has this version."""
-    answers = {"oneOf": [_COUNT, {"type": "object", "properties": {"predictions": {"type": "array"}}}]}
+    answers = {"oneOf": [_COUNT, _PREDICTIONS]}
     lines = {LINES: {"schema": {"type": "string"}}}
     bodies: dict[str, Any] = {media: {"schema": {"type": "string", "format": "binary"}} for media in PHOTO_TYPES}
     one_form = [{"type": "object", "properties": {name: form}, "required": [name]} for name, form in _FORMS.items()]

@@ -108,11 +108,12 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         """What came is no HTTP. Requests that came whole before it are answered, as they would be without it."""
-        if self._receiving or self.idle:
-            self._refuse(400, "this is no HTTP request" if self.idle else "the request is not well-formed HTTP")
-        else:
+        if self._in_head and self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
-            self._in_head, self._receiving = False, False
+            self._receiving = False
+            self._stop_deadline()
+        else:
+            self._refuse(400, "this is not well-formed HTTP")
 
     def _refuse(self, status: int, reason: str) -> None:
         self._stop_deadline()

@@ -1,0 +1,72 @@
+"""A fifth of malformed requests among good ones: what the server makes of them, and what it keeps of them.
+
+    python tests/benchmarks/server_faults.py [--requests 10000] [--model FOLDER]
+
+Without a model, one is fitted to drawn bins. Ends with code 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hostile_requests import SETTINGS, attack
+from serving_process import serving
+from stocktake.models.export import export_model
+from stocktake.models.network import create_network
+from stocktake.serving.counter import Counter
+from tiny_bins import PLAIN_BACKBONE, draw_bin
+
+MOST_GROWTH = 5.0
+"""Per cent of memory."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--model", type=Path, help="an exported model's folder")
+    parser.add_argument("--threads", type=int, default=8)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.model or Path(temporary) / "model"
+        if options.model is None:
+            export_model(create_network((1, 2, 3), 64, PLAIN_BACKBONE, "none", seed=1).eval(), folder)
+        photos = [draw_bin(1 + number % 3, number, size=160) for number in range(30)]
+        expected = [count.probabilities for count in Counter(folder).count(photos)]
+
+        def right(told: dict[str, Any], number: int) -> bool:
+            shares = expected[number]
+            return all(abs(told["probabilities"][str(label)] - share) < 1e-3 for label, share in shares.items())
+
+        start = time.perf_counter()
+        with serving(folder, **SETTINGS) as server:
+            worker = psutil.Process(server.process.pid)
+            report = attack(
+                server, photos, right, options.requests, lambda: worker.memory_info().rss, threads=options.threads
+            )
+            crashed = server.process.poll() is not None
+            faults = [line for line in server.lines() if "fault" in line]
+    malformed = sum(report.malformed.values())
+    print(f"requests        {report.requests} in {time.perf_counter() - start:.0f} s, by {options.threads} clients")
+    print(f"malformed       {malformed} ({malformed / report.requests:.1%})")
+    for kind, count in sorted(report.malformed.items()):
+        print(f"  {kind:22}{count:6}")
+    print(f"wrong statuses  {len(report.wrong_statuses)} {report.wrong_statuses[:10]}")
+    print(f"wrong answers   {len(report.wrong_answers)} {report.wrong_answers[:10]}")
+    print(f"crashes         {int(crashed)}; faults in the log {len(faults)} {json.dumps(faults[:1])}")
+    print(f"memory          {' '.join(f'{held / 2**20:.0f}' for held in report.memory)} MB: {report.growth():+.1f} %")
+    if report.wrong_statuses or report.wrong_answers or crashed or faults or report.growth() > MOST_GROWTH:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
