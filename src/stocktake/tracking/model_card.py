@@ -330,7 +330,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int =
 def _plain(text: object) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
     flat = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", flat)
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", flat)
 
 
 def _code(text: object) -> str:
