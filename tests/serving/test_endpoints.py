@@ -24,7 +24,7 @@ from stocktake.bins.images import PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.serving import deployment, endpoints
 from stocktake.serving.client import Client
-from stocktake.serving.counter import Counter
+from stocktake.serving.counter import Count, Counter
 from stocktake.serving.endpoints import Endpoint
 from tiny_bins import draw_bin
 
@@ -102,6 +102,18 @@ def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, count
         endpoints.get("bins")
     with pytest.raises(StocktakeError, match="does not answer"):
         Client(created.address).count(PHOTO)
+
+
+def test_a_full_server_is_asked_again(state: Path, counter_folder: Path) -> None:
+    created = create(counter_folder, max_queue=1)
+    client = Client(created.address)
+
+    def was_full() -> bool:
+        answers = list(client.count_all([PHOTO] * 8, at_once=8))
+        assert [type(answer) for answer in answers] == [Count] * 8
+        return '"status": 503' in created.log.read_text()
+
+    wait_for(was_full, "a request that it had no room for")
 
 
 class Load:
@@ -214,7 +226,7 @@ def test_a_killed_supervisor_is_dead_and_an_update_revives_it(state: Path, count
     created = create(counter_folder)
     assert created.pid
     os.kill(created.pid, signal.SIGKILL)
-    wait_for(lambda: ended(created.workers), "the end of its workers")
+    wait_for(lambda: ended((created.pid or 0, *created.workers)), "its end, and that of its workers")
     dead = endpoints.get("bins")
     assert (dead.status, dead.pid, dead.workers) == ("dead", None, ())
     assert dead.error is not None
@@ -274,7 +286,7 @@ def test_a_number_that_another_program_has_now_is_never_signalled(state: Path, c
     created = create(counter_folder)
     assert created.pid
     os.kill(created.pid, signal.SIGKILL)
-    wait_for(lambda: ended(created.workers), "the end of its workers")
+    wait_for(lambda: ended((created.pid or 0, *created.workers)), "its end, and that of its workers")
     with subprocess.Popen(["sleep", "600"]) as bystander:
         try:
             path = state / "bins" / "state.json"

@@ -21,6 +21,7 @@ import pytest
 from stocktake.errors import StocktakeError
 from stocktake.serving.client import Client
 from stocktake.serving.counter import Counter
+from stocktake.serving.deployment import process_start
 from stocktake.serving.serve import deployment_of
 from tiny_bins import draw_bin
 
@@ -101,7 +102,7 @@ def test_as_sagemaker_starts_it(serve: Callable[..., Served], counter_folder: Pa
     assert len(workers) == 2
     served.process.terminate()
     assert served.process.wait(60) == 0
-    assert not [worker for worker in workers if worker.is_running()]
+    assert not [worker for worker in workers if process_start(worker.pid)]
 
 
 def test_a_request_in_work_is_answered_before_the_end(serve: Callable[..., Served], counter_folder: Path) -> None:
@@ -129,7 +130,7 @@ def test_workers_do_not_outlive_a_killed_supervisor(serve: Callable[..., Served]
     workers = served.workers
     served.process.kill()
     served.process.wait()
-    served.wait_for(lambda: not any(worker.is_running() for worker in workers), "the end of the workers")
+    served.wait_for(lambda: not any(process_start(worker.pid) for worker in workers), "the end of the workers")
 
 
 def test_a_reload_serves_what_the_folder_holds_now(
