@@ -273,7 +273,7 @@ def _wait(folder: Path, generation: int, since: int) -> None:
         elif not _lives(folder):
             reason = "its process was killed: an update starts it again"
         elif time.monotonic() > deadline:
-            reason = f"nothing happened for {deadline:g} s"
+            reason = f"it took more than {START_SECONDS + _LATER_SECONDS:g} s"
         if reason:
             tail = files.log_tail(folder, since)
             raise StocktakeError(

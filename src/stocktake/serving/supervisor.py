@@ -71,7 +71,8 @@ class Supervisor:
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         wakeup = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         try:
-            self._start(self._serving)
+            if reason := self._start(self._serving):
+                raise StocktakeError(reason)
             self._report()
             while self._serving.workers or self._serving.again_at or self._coming or self._leaving:
                 for key, _ in self._selector.select(self._pause()):
@@ -126,7 +127,9 @@ class Supervisor:
             return
         if any(at <= now for at in self._serving.again_at):
             self._serving.again_at = [at for at in self._serving.again_at if at > now]
-            self._start(self._serving)
+            if reason := self._start(self._serving):
+                self._serving.again_at.append(now + _LONGEST_PAUSE)
+                self._say(f"{reason}; tried again in {_LONGEST_PAUSE:g} s")
             self._report()
         if self._asked_anew and self._came_up and self._coming is None:
             self._asked_anew = False
@@ -138,12 +141,16 @@ class Supervisor:
             else:
                 _rotate(self._folder / files.LOG)
 
-    def _start(self, crew: Crew) -> None:
-        """Start the workers that the crew lacks, but for those that wait."""
+    def _start(self, crew: Crew) -> str | None:
+        """Start the workers that the crew lacks, but for those that wait; why that failed."""
         for _ in range(crew.deployment.server.workers - len(crew.workers) - len(crew.again_at)):
-            worker = Worker(crew.deployment, self._listener, self._metrics)
+            try:
+                worker = Worker(crew.deployment, self._listener, self._metrics)
+            except OSError as error:
+                return f"no process can be started: {error.strerror}"
             crew.workers.append(worker)
             self._selector.register(worker.line, selectors.EVENT_READ, worker)
+        return None
 
     def _hear(self, worker: Worker) -> None:
         """A worker is ready, tells why it fails, or is gone."""
@@ -222,8 +229,12 @@ class Supervisor:
         if (held.host, held.port) != (asked.host, asked.port):
             self._refused(generation, "host and port cannot change while it serves: delete the endpoint and create it")
             return
-        self._coming = Crew(deployment, [])
-        self._start(self._coming)
+        coming = Crew(deployment, [])
+        if reason := self._start(coming):
+            self._leave(coming.workers)
+            self._refused(generation, reason)
+            return
+        self._coming = coming
         self._report()
 
     def _refused(self, generation: int, reason: str) -> None:
@@ -231,7 +242,8 @@ class Supervisor:
         one = self._serving.deployment
         self._error, self._failed = reason, generation
         if self._folder:
-            files.write_wanted(self._folder, one)
+            with suppress(OSError):  # a full disk ends no server
+                files.write_wanted(self._folder, one)
         self._forget_models(one)
         self._report()
         self._say(f"generation {generation} did not come up: {reason}; {one.model_uri} is served as before")
@@ -278,14 +290,16 @@ class Supervisor:
             error=self._error,
             failed_generation=self._failed,
         )
-        files.write_state(self._folder, state)
+        with suppress(OSError):
+            files.write_state(self._folder, state)
 
     def _say(self, message: str, **fields: object) -> None:
-        if sys.stderr.isatty():
-            print(f"serve: {message}", file=sys.stderr)
-            return
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        print(json.dumps({"time": moment, "message": message, **fields}), file=sys.stderr, flush=True)
+        line = f"serve: {message}"
+        if not sys.stderr.isatty():
+            moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+            line = json.dumps({"time": moment, "message": message, **fields})
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
