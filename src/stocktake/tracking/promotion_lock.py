@@ -19,7 +19,7 @@ from typing import Any
 
 from stocktake.errors import StocktakeError
 from stocktake.tracking.folder import now_ms
-from stocktake.tracking.runs import _sigterm_raises
+from stocktake.tracking.runs import sigterm_raises
 
 LEASE_SECONDS = 300
 """How long after a sign of life a lock is left alone."""
@@ -72,7 +72,7 @@ def promotion_lock(client: Any, model_name: str) -> Iterator[PromotionLock]:
         StocktakeError: somebody else is.
     """
     token = uuid.uuid4().hex[:12]
-    with _sigterm_raises():
+    with sigterm_raises():
         try:
             _acquire(client, model_name, token)
             yield PromotionLock(client, model_name, token)

@@ -254,7 +254,7 @@ def start_run(
         run = TrackedRun(folder, connection, system_metrics=tracking.system_metrics)
         attached = attach is not None and folder.state.attach_run_id == attach
         run.set_tags({**_context_tags(attached=attached), **tags})
-        stack.enter_context(_sigterm_raises())
+        stack.enter_context(sigterm_raises())
         try:
             _begin(run, connection)
         except BaseException as error:
@@ -338,7 +338,7 @@ def _end_of(error: BaseException) -> tuple[str, str | None]:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """SIGTERM ends the block like Ctrl-C does, unless somebody else handles it already."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
