@@ -174,12 +174,12 @@ def test_an_update_drops_no_request_and_a_failing_one_changes_nothing(
     try:
         load.go_on(first)
         updated = endpoints.update("bins", other_folder, model_uri="other", settings={"workers": 1})
+        assert ended(created.workers)
+        since = [len(versions) + 1 for versions in load.answered]  # an answer may be on its way yet
         load.go_on(second)
         assert (updated.version, updated.generation, updated.address) == (second, 2, created.address)
         assert (updated.pid, updated.model_uri) == (created.pid, "other")
         assert updated.settings == created.settings | {"workers": 1}
-        wait_for(lambda: ended(created.workers), "the end of the old workers")
-        since = [len(versions) + 1 for versions in load.answered]  # an answer may be on its way yet
 
         with pytest.raises(StocktakeError, match=r"(?s)damaged.*served as before.*its log ended with"):
             endpoints.update("bins", broken_folder, model_uri="broken")

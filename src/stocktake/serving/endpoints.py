@@ -261,19 +261,20 @@ def _launch(folder: Path) -> None:
 
 
 def _wait(folder: Path, generation: int, since: int) -> None:
-    """Until the supervisor serves the generation, or has given it up."""
-    deadline = time.monotonic() + START_SECONDS + _LATER_SECONDS
+    """Until the supervisor serves the generation, and no other, or has given it up."""
+    patience = START_SECONDS + files.read_wanted(folder).server.drain_seconds + _LATER_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         state = files.read_state(folder)
         if state and state.generation == generation and state.status == "serving":
             return
         reason = None
-        if state and state.failed_generation == generation:
+        if state and state.failed_generation == generation and state.status != "updating":
             reason = f"{state.error}; the model before it is served as before"
         elif not _lives(folder):
             reason = "its process was killed: an update starts it again"
         elif time.monotonic() > deadline:
-            reason = f"it took more than {START_SECONDS + _LATER_SECONDS:g} s"
+            reason = f"it took more than {patience:g} s"
         if reason:
             tail = files.log_tail(folder, since)
             raise StocktakeError(

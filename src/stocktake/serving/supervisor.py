@@ -271,12 +271,15 @@ class Supervisor:
         """Write the state down."""
         if self._folder is None or not self._folder.is_dir():
             return
-        if status is None:
-            serves = any(worker.ready_since for worker in self._serving.workers)
-            status = "starting" if not self._came_up else "updating" if self._coming else "failing"
-            status = "serving" if serves and status == "failing" else status
-            if self._status in ("failed", "stopped"):
-                status = self._status
+        serves = any(worker.ready_since for worker in self._serving.workers)
+        if status is None and self._status in ("failed", "stopped"):
+            status = self._status
+        elif status is None and not self._came_up:
+            status = "starting"
+        elif status is None and (self._coming or self._leaving):  # those that leave may still take a request
+            status = "updating"
+        elif status is None:
+            status = "serving" if serves else "failing"
         self._status = status
         others = [*(self._coming.workers if self._coming else []), *self._leaving]
         state = State(
