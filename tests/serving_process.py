@@ -15,7 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stocktake.serving.counter import Count
+
 
 PATIENCE = 60.0
 """Seconds that a test waits for what should come at once on a machine that has nothing else to do."""
@@ -34,10 +38,14 @@ class Answer:
 
 
 class ServerProcess:
-    """`run_worker` in another process. While the file `gate` exists, its forward passes wait."""
+    """`run_worker` in another process. While the file `gate` exists, its forward passes wait.
+
+    While the file `fault` beside it exists, they fail.
+    """
 
     def __init__(self, folder: Path, scratch: Path, listener: socket.socket | None = None, **settings: Any) -> None:
         self.gate = scratch / "gate"
+        self.fault = scratch / "fault"
         self.log = scratch / "server.log"
         listener = listener.dup() if listener else socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = listener.getsockname()[1]
@@ -77,6 +85,11 @@ class ServerProcess:
     def lines(self) -> list[dict[str, Any]]:
         """The log so far."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def figures(self) -> dict[str, float]:
+        """Of /metrics."""
+        lines = self.ask("/metrics").body.decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
     def tell(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -122,6 +135,28 @@ def ask(
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
+def same(told: dict[str, Any], count: Count) -> bool:
+    """Whether the answer is this photo's. No two of them agree in their probabilities."""
+    shares = {str(quantity): share for quantity, share in count.probabilities.items()}
+    return (
+        told["quantity"] == count.quantity
+        and told["model_version"] == count.model_version
+        and told["quantities"] == list(count.quantities)
+        and told["probabilities"].keys() == shares.keys()
+        and all(abs(told["probabilities"][quantity] - share) < 1e-5 for quantity, share in shares.items())
+        and abs(told["confidence"] - count.confidence) < 1e-5
+    )
+
+
+def refused(answer: Answer, status: int, reason: str = "") -> None:
+    assert answer.status == status
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert error["status"] == status
+    assert reason in error["reason"]
+    assert "Traceback" not in error["reason"]
+
+
 def eventually(condition: Callable[[], Any]) -> Any:
     """The condition's value once it is true."""
     end = time.monotonic() + PATIENCE
@@ -143,6 +178,8 @@ def main() -> None:
         def probabilities(self, prepared: Any) -> Any:
             while Path(order["gate"]).exists():
                 time.sleep(0.005)
+            if Path(order["gate"]).with_name("fault").exists():
+                raise RuntimeError("the engine failed")
             return super().probabilities(prepared)
 
     def ready() -> None:

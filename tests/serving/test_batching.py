@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hostile_requests import png_header
 from serving_process import PATIENCE
 from stocktake.bins.images import PhotoError
 from stocktake.serving import batching
@@ -182,23 +182,11 @@ def test_closed_it_finishes_what_it_has_and_its_threads_end(counter: HeldCounter
     batched(counter, use)
 
 
-def _png_header(width: int, height: int) -> bytes:
-    """A PNG that says to be so large, and holds next to nothing."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
-
-    head = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
-
 def test_bombs_are_refused_before_they_are_decoded(counter: HeldCounter) -> None:
     scans = io.BytesIO()
     Image.new("RGB", (64, 64)).save(scans, "JPEG")
     many_scans = scans.getvalue()[:-2] + b"\xff\xda\x00\x08" * 500
-    bombs = [_png_header(5000, 5000), _png_header(30_000, 30_000), many_scans]
+    bombs = [png_header(5000, 5000), png_header(30_000, 30_000), many_scans]
 
     async def use(batcher: Batcher) -> None:
         outcomes = await batcher.submit(bombs)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import signal
-import socket
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from serving_process import PATIENCE, Answer, ServerProcess, ask, eventually, serving
+from serving_process import ServerProcess, ask, eventually, refused, same, serving
 from stocktake.serving.counter import Count, Counter
 from stocktake.serving.payloads import PHOTO_TYPES
 from tiny_bins import draw_bin
@@ -33,37 +30,9 @@ def server(counter_folder: Path) -> Iterator[ServerProcess]:
         yield process
 
 
-@pytest.fixture
-def own_server(counter_folder: Path) -> Iterator[ServerProcess]:
-    """One to overload, hold up and end."""
-    with serving(counter_folder, max_queue=3, max_batch=1, body_seconds=1, drain_seconds=PATIENCE) as process:
-        yield process
-
-
 @pytest.fixture(scope="module")
 def counts(counter_folder: Path) -> list[Count]:
     return Counter(counter_folder).count(PHOTOS)
-
-
-def same(told: dict[str, Any], count: Count) -> bool:
-    """Whether the answer is this photo's. No two of them agree in their probabilities."""
-    shares = {str(quantity): share for quantity, share in count.probabilities.items()}
-    return (
-        told["quantity"] == count.quantity
-        and told["model_version"] == count.model_version
-        and told["quantities"] == list(count.quantities)
-        and told["probabilities"] == pytest.approx(shares, abs=1e-5)
-        and told["confidence"] == pytest.approx(count.confidence, abs=1e-5)
-    )
-
-
-def refused(answer: Answer, status: int, reason: str = "") -> None:
-    assert answer.status == status
-    assert answer.headers["content-type"] == "application/json"
-    error = answer.json()["error"]
-    assert error["status"] == status
-    assert reason in error["reason"]
-    assert "Traceback" not in error["reason"]
 
 
 def test_ping_says_which_model_answers(server: ServerProcess, counts: list[Count]) -> None:
@@ -198,7 +167,7 @@ def test_pipelined_requests_are_answered_in_order(server: ServerProcess, counts:
 
 
 def test_requests_are_logged_and_measured(server: ServerProcess) -> None:
-    before = _metrics(server)
+    before = server.figures()
     server.ask(body=PHOTOS[0], headers=JPEG | {"x-request-id": "mine-1", "authorization": "secret"})
     answer = server.ask(body=b"no photo", headers=JPEG | {"X-Amzn-SageMaker-Inference-Id": "mine-2"})
     assert answer.headers["x-request-id"] == "mine-2"
@@ -213,7 +182,7 @@ def test_requests_are_logged_and_measured(server: ServerProcess) -> None:
     assert good["ms"] > 0
     assert (bad["status"], other["status"], other["path"]) == (422, 404, "other")
     assert "secret" not in server.log.read_text()
-    after = _metrics(server)
+    after = server.figures()
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
     assert grown['stocktake_requests_total{path="/invocations",status="200"}'] == 1
     assert grown['stocktake_requests_total{path="/invocations",status="422"}'] == 1
@@ -224,128 +193,7 @@ def test_requests_are_logged_and_measured(server: ServerProcess) -> None:
     assert after["stocktake_photos_pending"] == 0
 
 
-def _metrics(server: ServerProcess) -> dict[str, float]:
-    text = server.ask("/metrics").body.decode()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
-
-
 def test_the_interface_is_described(server: ServerProcess) -> None:
     described = server.ask("/openapi.json").json()
     assert set(described["paths"]) == {"/ping", "/invocations", "/metrics"}
     assert "image/jpeg" in described["paths"]["/invocations"]["post"]["requestBody"]["content"]
-
-
-def test_a_full_queue_refuses_and_recovers(own_server: ServerProcess, counts: list[Count]) -> None:
-    own_server.gate.touch()
-    with ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(own_server.ask, "/invocations", PHOTOS[number], JPEG) for number in range(3)]
-        eventually(lambda: _metrics(own_server)["stocktake_photos_pending"] == 3)
-        answer = own_server.ask(body=PHOTOS[3], headers=JPEG)
-        refused(answer, 503, "too many photos wait")
-        assert int(answer.headers["retry-after"]) >= 1
-        assert own_server.ask("/ping").status == 200
-        own_server.gate.unlink()
-        for future, count in zip(waiting, counts, strict=False):
-            assert same(future.result().json(), count)
-    assert same(own_server.ask(body=PHOTOS[3], headers=JPEG).json(), counts[3])
-
-
-def test_a_client_that_leaves_frees_its_place(own_server: ServerProcess) -> None:
-    own_server.gate.touch()
-    head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: {len(PHOTOS[0])}\r\n\r\n".encode()
-    clients = [own_server.socket() for _ in range(3)]
-    for client in clients:
-        client.sendall(head + PHOTOS[0])
-    eventually(lambda: _metrics(own_server)["stocktake_photos_pending"] == 3)
-    for client in clients:
-        client.close()
-    eventually(lambda: len([line for line in own_server.lines() if line["status"] == 499]) == 3)
-    own_server.gate.unlink()
-    eventually(lambda: _metrics(own_server)["stocktake_photos_pending"] == 0)
-    assert _metrics(own_server)["stocktake_batch_photos_count"] <= 1  # of the pass that may have begun
-    assert own_server.ask(body=PHOTOS[0], headers=JPEG).status == 200
-
-
-def test_a_slow_body_and_a_slow_head_are_refused(own_server: ServerProcess) -> None:
-    for sent in (b"POST /invocations HTTP/1.1\r\ncontent-length: 9\r\n\r\nab", b"POST /invocations HTTP/1.1\r\nhost:"):
-        with own_server.socket() as raw:
-            raw.sendall(sent)
-            received = b"".join(iter(lambda: raw.recv(65536), b""))
-        assert received.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["status"] == 408
-    with own_server.socket() as raw:
-        assert raw.recv(1) == b""  # nothing was sent at all
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_it_answers_what_has_begun(
-    number: signal.Signals, own_server: ServerProcess, counts: list[Count]
-) -> None:
-    own_server.gate.touch()
-    kept = own_server.connection()
-    assert ask(kept, "/ping").status == 200
-    with ThreadPoolExecutor(3) as pool:
-        begun = [pool.submit(own_server.ask, "/invocations", PHOTOS[which], JPEG) for which in range(2)]
-        eventually(lambda: _metrics(own_server)["stocktake_photos_pending"] == 2)
-        own_server.tell(number)
-        eventually(lambda: not _accepts(own_server))
-        late = pool.submit(ask, kept, "/invocations", PHOTOS[2], JPEG)
-        own_server.gate.unlink()
-        answers = [future.result() for future in (*begun, late)]
-    for answer, count in zip(answers, counts, strict=False):
-        assert same(answer.json(), count)
-        assert answer.headers["connection"] == "close"
-    assert own_server.wait() == 0
-    assert len([line for line in own_server.lines() if line["photos"]]) == 3
-
-
-def _accepts(server: ServerProcess) -> bool:
-    try:
-        server.socket().close()
-    except OSError:
-        return False
-    return True
-
-
-def test_ending_it_says_so_and_what_takes_too_long_is_refused(counter_folder: Path) -> None:
-    with serving(counter_folder, drain_seconds=1) as process:
-        process.gate.touch()
-        kept = process.connection()
-        ask(kept, "/ping")
-        with ThreadPoolExecutor(1) as pool:
-            begun = pool.submit(process.ask, "/invocations", PHOTOS[0], JPEG)
-            eventually(lambda: _metrics(process)["stocktake_photos_pending"] == 1)
-            process.tell()
-            eventually(lambda: not _accepts(process))
-            refused(ask(kept, "/ping"), 503, "ending")
-            answer = begun.result()
-        refused(answer, 503, "ending")
-        assert answer.headers["retry-after"]
-        assert process.wait() == 0
-
-
-def test_processes_share_a_socket_and_one_ends_without_the_other(counter_folder: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        first = ServerProcess(counter_folder, tmp_path, listener=listener)
-        (tmp_path / "second").mkdir()
-        second = ServerProcess(counter_folder, tmp_path / "second", listener=listener)
-    stop, statuses = threading.Event(), []
-
-    def client() -> None:
-        while not stop.is_set():
-            statuses.append(second.ask(body=PHOTOS[0], headers=JPEG).status)
-
-    thread = threading.Thread(target=client)
-    thread.start()
-    try:
-        eventually(lambda: len(statuses) > 20)
-        first.tell()
-        assert first.wait() == 0
-        answered = len(statuses)
-        eventually(lambda: len(statuses) > answered + 20)
-    finally:
-        stop.set()
-        thread.join()
-        first.close()
-        second.close()
-    assert set(statuses) == {200}

@@ -20,8 +20,8 @@ from stocktake.serving.payloads import RequestError, encoded
 
 MOST_HEAD_BYTES = 32_768
 """Of a request's line and headers."""
-MOST_CONNECTIONS = 2000
-"""Of a worker, at once."""
+MOST_CONNECTIONS = 800
+"""Of a worker, at once: fewer than the 1024 files that a process may usually have open."""
 KEEP_ALIVE_SECONDS = 65
 """Longer than the minute after which load balancers close what is idle: the client is the one to close."""
 IDLE_DRAIN_SECONDS = 1.0

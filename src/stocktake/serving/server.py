@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
@@ -59,6 +60,7 @@ def run_worker(counter: Counter, settings: ServerSettings, listener: socket.sock
         listener: a listening socket, maybe shared with other processes. This process's copy is closed.
         ready: called once a request would be answered.
     """
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of each bad request; the log has a line of it
     app = create_app(counter, settings)
     config = Config(
         app,
@@ -193,34 +195,34 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The request's body, bounded in size and time."""
-        most = self._settings.max_request_bytes
-        too_large = RequestError(413, f"the body has more than {most} bytes")
-        if int(request.headers.get("content-length", 0)) > most:
-            raise too_large
-        chunks: list[bytes] = []
-        received = 0
+        """The request's body, bounded in size and time; counted as held until it is done with."""
+        request.scope["stocktake.received"] = 0
         try:
             async with asyncio.timeout(self._settings.body_seconds):
-                async for chunk in request.stream():
-                    received += len(chunk)
-                    self._held += len(chunk)
-                    if received > most:
-                        raise too_large
-                    if self._held > self._most_held:
-                        raise RequestError(503, "the server holds too many requests: try again later", _BUSY)
-                    chunks.append(chunk)
-            body = b"".join(chunks)
-            chunks.clear()
-            yield body
+                body = b"".join([chunk async for chunk in self._chunks(request)])
         except ClientDisconnect:
             raise RequestError(LEFT, "the client left") from None
         except TimeoutError:
             reason = f"the body took more than {self._settings.body_seconds:g} s"
             raise RequestError(408, reason, {"connection": "close"}) from None
+        else:
+            yield body
         finally:
-            self._held -= received
-            request.scope["stocktake.received"] = received
+            self._held -= request.scope["stocktake.received"]
+
+    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
+        most = self._settings.max_request_bytes
+        too_large = RequestError(413, f"the body has more than {most} bytes")
+        if int(request.headers.get("content-length", 0)) > most:
+            raise too_large
+        async for chunk in request.stream():
+            request.scope["stocktake.received"] += len(chunk)
+            self._held += len(chunk)
+            if request.scope["stocktake.received"] > most:
+                raise too_large
+            if self._held > self._most_held:
+                raise RequestError(503, "the server holds too many requests: try again later", _BUSY)
+            yield chunk
 
     async def _read(self, media: str, body: bytes) -> Payload:
         most = self._settings.max_queue
