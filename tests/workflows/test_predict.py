@@ -71,7 +71,7 @@ def test_photos_and_folders_are_counted_in_order(predict: Callable[..., Any], ex
 def test_records_are_checked_against_their_photos(predict: Callable[..., Any], exported: Path, here: Path) -> None:
     """A CSV's rows keep their order and columns; paths are relative to it."""
     (seen,) = Counter(exported).count([draw_bin(1, 731)])
-    wrong = seen.quantity + 1
+    wrong = seen.quantity % 3 + 1
     (here / "photos" / "records.csv").write_text(
         "\ufeffbin,photo,quantity,confidence\n"
         f"B7,b/c.PNG,many,high\nB1,a.jpg,{seen.quantity},low\nB2,a.jpg,{wrong},\nB3,gone.jpg,1,\n"
@@ -93,6 +93,27 @@ def test_records_are_checked_against_their_photos(predict: Callable[..., Any], e
     assert shown.code == 0
     for word in ("recorded", "variance", "gone.jpg", "file is missing", "true"):
         assert word in shown.out
+
+
+def test_a_record_is_to_be_recounted_when_it_is_not_even_likely(
+    stocktake: Callable[..., Any], exported: Path, here: Path, tmp_path: Path
+) -> None:
+    """Of a record that the model cannot count to it says nothing."""
+    sure = tmp_path / "sure"
+    shutil.copytree(exported, sure)
+    (seen,) = Counter(exported).count([draw_bin(1, 731)])
+    least, second, best = sorted(seen.probabilities, key=seen.probabilities.__getitem__)
+    threshold = (seen.probabilities[least] + seen.probabilities[second]) / 2
+    description = json.loads((sure / "counter.json").read_text())
+    description["calibration"] |= {"set_threshold": threshold}
+    (sure / "counter.json").write_text(json.dumps(description))
+    lines = [f"a.jpg,{quantity}" for quantity in (best, second, least, 9)]
+    (here / "photos" / "audit.csv").write_text("\n".join(["photo,quantity", *lines]) + "\n")
+    ended = stocktake("predict", "photos/audit.csv", "--format", "jsonl", "--model", str(sure))
+    rows = [json.loads(line) for line in ended.out.splitlines()]
+    assert [row["variance"] for row in rows] == [False, True, True, None]
+    assert [row["recount"] for row in rows] == [False, False, True, None]
+    assert "2 at variance with their records, 1 to recount" in ended.err
 
 
 def test_bad_photos_are_set_aside_and_all_bad_is_an_error(predict: Callable[..., Any], here: Path) -> None:

@@ -38,6 +38,7 @@ _OWN = (
     "quantities",
     "probabilities",
     "variance",
+    "recount",
     "model_version",
     "error",
 )
@@ -49,7 +50,9 @@ def predict(config: PredictConfig) -> list[Row]:
 
     Returns:
         A row a photo, in the order given: photo, a CSV's other columns, recorded (its quantity), quantity, confidence,
-        quantities (that are likely), probabilities, variance (photo and record disagree), model_version, error.
+        quantities (that are likely), probabilities, variance (photo and record disagree), recount (the record is not
+        even likely), model_version, error. Of a record beyond the quantities that the model tells apart, it says
+        neither.
 
     Raises:
         StocktakeError: nothing to count, no such model or endpoint, or not one photo could be counted.
@@ -191,12 +194,12 @@ def _row(given: Row, answer: Answer) -> Row:
     row = dict(given)
     row |= dict.fromkeys(("quantity", "confidence", "quantities", "probabilities"))
     if "recorded" in given:
-        row["variance"] = None
+        row |= {"variance": None, "recount": None}
     row |= {"model_version": None, "error": None}
     if isinstance(answer, PhotoError):
         return row | {"error": str(answer)}
-    if given.get("recorded") is not None:
-        row["variance"] = answer.quantity != given["recorded"]
+    if (recorded := given.get("recorded")) in answer.probabilities:
+        row |= {"variance": answer.quantity != recorded, "recount": recorded not in answer.quantities}
     return row | {
         "quantity": answer.quantity,
         "confidence": round(answer.confidence, 6),
@@ -237,7 +240,7 @@ def _table(rows: Sequence[Row]) -> str:
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
         cells = [f"{row[name]:.3f}" if name == "confidence" and row[name] else _cell(row.get(name)) for name in names]
-        table.add_row(*(Text(str(cell)) for cell in cells), style="bold" if row.get("variance") else None)
+        table.add_row(*(Text(str(cell)) for cell in cells), style="bold" if row.get("recount") else None)
     file = io.StringIO()
     on_terminal = sys.stdout.isatty()
     console = Console(file=file, force_terminal=on_terminal, width=None if on_terminal else 160)
@@ -269,7 +272,8 @@ def _summarise(rows: Sequence[Row], output: str | None) -> None:
     if failed:
         said.append(f"{len(failed)} set aside")
     if any("recorded" in row for row in rows):
-        said.append(f"{sum(row.get('variance') is True for row in rows)} at variance with their records")
+        counts = {name: sum(row.get(name) is True for row in rows) for name in ("variance", "recount")}
+        said.append(f"{counts['variance']} at variance with their records, {counts['recount']} to recount")
     if output:
         said.append(f"written to {output}")
     print("; ".join(said), file=sys.stderr)
