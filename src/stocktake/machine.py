@@ -10,6 +10,11 @@ from contextlib import suppress
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+def cores() -> int:
+    """Cores that this process may use; at least 1."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_the_machine() -> None:
     """Two settings that only help before the libraries are loaded; neither changes a figure.
 

@@ -26,6 +26,7 @@ from stocktake.bins import rendering
 from stocktake.bins.rendering import Compartment, Pose, Product
 from stocktake.config import SyntheticConfig
 from stocktake.errors import StocktakeError
+from stocktake.machine import cores
 
 RENDERER = 1  # raise it when the same config draws other photos
 MARKER = "synthetic.json"
@@ -187,7 +188,7 @@ def _draw_some(folder: Path, plans: list[_Plan]) -> int:
 
 def _draw_all(folder: Path, plans: list[_Plan], workers: int | None, progress: Callable[[int], None]) -> None:
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cores()
         workers = workers if len(plans) >= POOL_FROM else 1
     batches = [plans[k : k + 25] for k in range(0, len(plans), 25)]
     if workers > 1 and len(batches) > 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import threading
 import time
 from collections import deque
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from stocktake.bins.images import FORMATS, PhotoError
+from stocktake.machine import cores
 from stocktake.serving.counter import Count, Counter
 from stocktake.serving.settings import ServerSettings
 
@@ -80,7 +80,7 @@ class Batcher:
         self._large = threading.Lock()
         self.pending = 0
         """Photos submitted and not answered yet. For the event loop's thread."""
-        decoders = min(4, len(os.sched_getaffinity(0)))
+        decoders = min(4, cores())
         targets = [self._decode_all] * decoders + [self._count_all]
         # not an executor's threads: those are waited for when the process ends, however long a decoder takes
         self._threads = [threading.Thread(target=target, daemon=True) for target in targets]

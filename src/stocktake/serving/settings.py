@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from stocktake.errors import StocktakeError
+from stocktake.machine import cores
 
 MEBIBYTE = 2**20
 
@@ -23,7 +23,7 @@ class ServerSettings:
     """0: any free one. SageMaker's is 8080."""
     workers: int = 1
     """Processes that share the address; each holds the model once."""
-    threads: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = dataclasses.field(default_factory=cores)
     """Threads of a worker's forward pass. Default: one a core that this process may use."""
     max_batch: int = 8
     """Photos counted in one forward pass at most."""

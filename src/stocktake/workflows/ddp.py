@@ -21,6 +21,7 @@ import stocktake
 from stocktake import ranks
 from stocktake.config import DdpConfig, FinetuneConfig
 from stocktake.errors import StocktakeError
+from stocktake.machine import cores
 from stocktake.ranks import JobFailedError
 from stocktake.tracking.folder import FAILED, KILLED
 from stocktake.workflows.rung import end_dead_run, find_run, plain
@@ -205,8 +206,7 @@ def _told(failure: Any) -> str:
 
 
 def _threads(nproc: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // nproc)
+    return max(1, cores() // nproc)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from stocktake.bins.images import LARGEST_FILE, PhotoError
 from stocktake.config import PredictConfig
 from stocktake.errors import StocktakeError
+from stocktake.machine import cores
 from stocktake.progress import progress
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client
@@ -155,8 +156,7 @@ def _answers_of(config: PredictConfig, temporary: Path) -> Callable[[Sequence[by
             address = endpoint.address
         return Client(address).count_all
     folder = model_folder(config.model, temporary / "model", config.tracking)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    counter = Counter(folder, threads=cores, version=version_of(folder))
+    counter = Counter(folder, threads=cores(), version=version_of(folder))
 
     def prepared(photo: bytes) -> Any:
         try:
@@ -165,7 +165,7 @@ def _answers_of(config: PredictConfig, temporary: Path) -> Callable[[Sequence[by
             return error
 
     def answers(photos: Sequence[bytes]) -> list[Answer]:
-        with ThreadPoolExecutor(cores) as threads:
+        with ThreadPoolExecutor(cores()) as threads:
             ready = list(threads.map(prepared, photos))
         good = [one for one in ready if not isinstance(one, PhotoError)]
         counts = iter(counter.answers(counter.probabilities(np.stack(good))) if good else ())
