@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 import stocktake.serving.server as server_module
-from serving_process import PATIENCE, ServerProcess, ask, eventually, refused, same, serving
+from serving_process import PATIENCE, ServerProcess, eventually, refused, same, serving
 from stocktake.serving.counter import Count, Counter
 from stocktake.serving.protocol import MOST_CONNECTIONS
 from stocktake.serving.server import create_app
@@ -94,24 +94,35 @@ def test_a_slow_body_and_a_slow_head_are_refused(own_server: ServerProcess) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_answers_what_has_begun(
-    number: signal.Signals, own_server: ServerProcess, counts: list[Count]
+    number: signal.Signals, counter_folder: Path, counts: list[Count]
 ) -> None:
-    own_server.gate.touch()
-    kept = own_server.connection()
-    assert ask(kept, "/ping").status == 200
-    with ThreadPoolExecutor(3) as pool:
-        begun = [pool.submit(own_server.ask, "/invocations", PHOTOS[which], JPEG) for which in range(2)]
-        eventually(lambda: own_server.figures()["stocktake_photos_pending"] == 2)
-        own_server.tell(number)
-        eventually(lambda: not _accepts(own_server))
-        late = pool.submit(ask, kept, "/invocations", PHOTOS[2], JPEG)
-        own_server.gate.unlink()
-        answers = [future.result() for future in (*begun, late)]
-    for answer, count in zip(answers, counts, strict=False):
-        assert same(answer.json(), count)
-        assert answer.headers["connection"] == "close"
-    assert own_server.wait() == 0
-    assert len([line for line in own_server.lines() if line["photos"]]) == 3
+    head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: {len(PHOTOS[2])}\r\n\r\n".encode()
+    with serving(counter_folder, drain_seconds=PATIENCE, body_seconds=PATIENCE) as process, process.socket() as kept:
+        _ping(kept)
+        process.gate.touch()
+        with ThreadPoolExecutor(2) as pool:
+            begun = [pool.submit(process.ask, "/invocations", PHOTOS[which], JPEG) for which in range(2)]
+            eventually(lambda: process.figures()["stocktake_photos_pending"] == 2)
+            kept.sendall(head + PHOTOS[2][:100])
+            process.tell(number)
+            eventually(lambda: not _accepts(process))
+            kept.sendall(PHOTOS[2][100:])
+            process.gate.unlink()
+            for future, count in zip(begun, counts, strict=False):
+                assert same(future.result().json(), count)
+        received = b"".join(iter(lambda: kept.recv(65536), b""))
+        assert b"connection: close\r\n" in received
+        assert same(json.loads(received.partition(b"\r\n\r\n")[2]), counts[2])
+        assert process.wait() == 0
+        assert len([line for line in process.lines() if line["photos"]]) == 3
+
+
+def _ping(kept: socket.socket) -> None:
+    kept.sendall(b"GET /ping HTTP/1.1\r\n\r\n")
+    received = b""
+    while not received.endswith(b"}"):  # head and body may come one after the other
+        received += kept.recv(65536)
+    assert received.startswith(b"HTTP/1.1 200 ")
 
 
 def _accepts(server: ServerProcess) -> bool:
@@ -122,17 +133,27 @@ def _accepts(server: ServerProcess) -> bool:
     return True
 
 
-def test_ending_it_says_so_and_what_takes_too_long_is_refused(counter_folder: Path) -> None:
-    with serving(counter_folder, drain_seconds=1) as process:
+def test_while_it_ends_ping_says_so(counter_folder: Path) -> None:
+    with serving(counter_folder, drain_seconds=PATIENCE) as process, process.socket() as kept:
+        _ping(kept)
+        kept.sendall(b"GET /ping HTTP/1.1\r\n")
+        process.tell()
+        eventually(lambda: not _accepts(process))
+        kept.sendall(b"\r\n")
+        received = b"".join(iter(lambda: kept.recv(65536), b""))
+        assert received.startswith(b"HTTP/1.1 503 ")
+        assert b"the server is ending" in received
+        assert b"retry-after: 1\r\n" in received
+        assert process.wait() == 0
+
+
+def test_what_takes_longer_than_the_end_may_is_refused(counter_folder: Path) -> None:
+    with serving(counter_folder, drain_seconds=0.5) as process:
         process.gate.touch()
-        kept = process.connection()
-        ask(kept, "/ping")
         with ThreadPoolExecutor(1) as pool:
             begun = pool.submit(process.ask, "/invocations", PHOTOS[0], JPEG)
             eventually(lambda: process.figures()["stocktake_photos_pending"] == 1)
             process.tell()
-            eventually(lambda: not _accepts(process))
-            refused(ask(kept, "/ping"), 503, "ending")
             answer = begun.result()
         refused(answer, 503, "ending")
         assert answer.headers["retry-after"]
