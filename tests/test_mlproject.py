@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image, ImageDraw
 
 from stocktake.config import TrackingConfig
+from stocktake.serving import endpoints
 from stocktake.tracking.registry import fetch_model
 
 REPOSITORY = Path(__file__).parents[1]
@@ -59,7 +60,8 @@ class Project:
 
     def run(self, entry: str, check: bool = True, **parameters: str) -> tuple[subprocess.CompletedProcess[str], str]:
         """`mlflow run . -e ENTRY`; what it printed and the id of the run that it opened."""
-        given = {"workspace": str(self.folder / "workspace"), **parameters}
+        keeps_nothing = entry in ("registry", "predict")
+        given = parameters if keeps_nothing else {"workspace": str(self.folder / "workspace"), **parameters}
         words = [word for name, value in given.items() for word in ("-P", f"{name.replace('__', '.')}={value}")]
         command = [sys.executable, "-m", "mlflow", "run", str(REPOSITORY), "--env-manager=local", "-e", entry]
         before = {run.info.run_id for run in self.client.search_runs([self.experiment])}
@@ -142,6 +144,35 @@ def test_tune_searches_in_the_run_that_mlflow_opened(project: Project) -> None:
     children = project.client.search_runs([project.experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert sorted(child.info.run_name for child in children) == ["trial-000", "trial-001"]
     assert run.data.metrics["val/macro_f1"] == max(child.data.metrics["val/macro_f1"] for child in children)
+
+
+def test_from_a_run_to_a_served_count(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOCKTAKE_STATE", str(project.folder / "endpoints"))
+    _, trained = project.run("majority", root=str(project.root), image_size="32")
+    done, _ = project.run("register", run=trained)
+    version = project.client.get_model_version_by_alias("stocktake", "candidate")
+    assert version.run_id == trained
+    assert f"stocktake/{version.version}" in done.stdout
+
+    done, _ = project.run("promote", force="true", reason="nothing better yet")
+    assert project.client.get_model_version_by_alias("stocktake", "champion").version == version.version
+    assert "by force" in done.stdout
+    done, _ = project.run("registry")
+    assert "nothing better yet" in done.stdout
+    done, _ = project.run("rollback", check=False)
+    assert done.returncode != 0
+    assert "first champion" in done.stderr
+
+    try:
+        done, _ = project.run("deploy", root=str(project.root), name="from-a-run", server="{port: 0, workers: 1}")
+        assert "photos answered as by the model itself" in done.stdout
+        photos = str(project.root / "bin-images")
+        done, _ = project.run("predict", photos=photos, endpoint="from-a-run", format="csv")
+        rows = [line for line in done.stdout.splitlines() if ".jpg," in line]
+        assert len(rows) == 60
+        assert all(f"stocktake/{version.version}" in row for row in rows)
+    finally:
+        endpoints.delete("from-a-run")
 
 
 def test_data_and_eda(project: Project) -> None:
