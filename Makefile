@@ -1,6 +1,6 @@
 # stocktake: `make demo` shows what it does, `make test` proves it. Both set up their own environment first.
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test system lint format lock clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -29,8 +29,14 @@ setup: $(VENV)/ready ## make the environment in .venv from requirements.lock
 demo: setup ## train the ladder of models on synthetic bins and show the leaderboard
 	mlflow run . --env-manager=local
 
-test: setup lint ## lint and run all tests
+test: setup system lint ## lint and run all tests
 	python -m pytest --numprocesses 2 --dist loadfile
+
+system: ## Chromium and Java, which two of the tests need, from Debian's packages where that is possible
+	@command -v chromium java >/dev/null && test "$$(command -v chromium java | wc -l)" = 2 \
+		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+			&& apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium default-jre-headless; } \
+		|| echo "no Chromium or no Java here, and no rights to install them: the tests that need them are skipped"
 
 lint: setup ## ruff, mypy, the import rule
 	ruff check .
