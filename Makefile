@@ -33,7 +33,7 @@ test: setup system lint ## lint and run all tests
 	python -m pytest --numprocesses 2 --dist loadfile
 
 system: ## Chromium and Java, which two of the tests need, from Debian's packages where that is possible
-	@command -v chromium java >/dev/null && test "$$(command -v chromium java | wc -l)" = 2 \
+	@{ command -v chromium && command -v java; } >/dev/null \
 		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
 			&& apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium default-jre-headless; } \
 		|| echo "no Chromium or no Java here, and no rights to install them: the tests that need them are skipped"
