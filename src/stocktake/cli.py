@@ -154,9 +154,24 @@ COMMANDS = {
         ),
         words="photos",
     ),
+    "rehearse": Command(
+        config.RehearseConfig,
+        "rehearse:rehearse",
+        ("stocktake rehearse", "stocktake rehearse --port 5000 --grace 2"),
+    ),
     "sync": Command(
         config.SyncConfig, "sync:sync", ("stocktake sync", "stocktake sync --tracking.uri http://host:5000")
     ),
+    "jobs": Command(
+        config.JobsConfig,
+        "jobs:jobs",
+        (
+            "stocktake jobs",
+            "stocktake jobs --follow stocktake-finetune-20260131-101502-1a2b3c",
+            "stocktake jobs --stop stocktake-finetune-20260131-101502-1a2b3c",
+        ),
+    ),
+    "job": Command(config.JobConfig, "job:job", ("stocktake job",)),
 }
 ALIASES = {"main": "ladder", "train": "finetune"}
 _EXPERIMENT = "--experiment"

@@ -57,6 +57,32 @@ class SyntheticConfig:
 
 
 @dataclass
+class S3Config:
+    """How a root at s3://bucket/prefix is fetched."""
+
+    anonymous: bool = False
+    """Ask without a signature. Default: only for the public bucket, and where no credentials are found."""
+    resize: int | None = None
+    """Keep only a copy of each photo whose short side has at most this many pixels. Default: photos as they are."""
+    concurrency: int = 32
+    """Requests at a time."""
+    retries: int = 8
+    """How often a request is repeated that was answered by 503 or not at all, ever later."""
+    timeout: float = 30.0
+    """Seconds that a request may take."""
+    verify: bool = True
+    """Compare each object with the MD5 in its ETag; false for buckets encrypted with KMS, whose ETag is none."""
+    refresh: bool = False
+    """List the bucket again, ask again for what was missing, and fetch what has changed."""
+
+    def __post_init__(self) -> None:
+        _bound(self, "resize", least=32, most=4096, option="s3.")
+        _bound(self, "concurrency", least=1, most=256, option="s3.")
+        _bound(self, "retries", least=0, most=100, option="s3.")
+        _bound(self, "timeout", least=0.1, most=3600, option="s3.")
+
+
+@dataclass
 class TrackingConfig:
     """Where runs are logged."""
 
@@ -82,20 +108,25 @@ class BinsConfig:
     """Which bins, and how they are split."""
 
     root: str | None = None
-    """Folder with bin-images/<id>.jpg and metadata/<id>.json. Default: a synthetic root is made."""
+    """Folder or s3://bucket/prefix with bin-images/<id>.jpg and metadata/<id>.json, or a published set. Default: a
+    synthetic root is made."""
     task: str = "1-5"
     """The quantities to tell apart: 1-5, 0-5, any range. Bins outside of it are left out."""
     list: str | None = None
     """JSON file of the ids to use: {"1": ["data/metadata/100313.json", ...], ...}."""
+    limit: int | None = None
+    """Use only the first bins of the task, by id, this many."""
     workspace: str = "workspace"
     """Folder for everything the program writes: synthetic root, manifests, caches, runs."""
     seed: int = 0
     """Seeds weights, shuffling, augmentation and bootstrap."""
     split: SplitConfig = field(default_factory=SplitConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    s3: S3Config = field(default_factory=S3Config)
 
     def __post_init__(self) -> None:
         _bound(self, "seed", least=0, most=2**32 - 1)
+        _bound(self, "limit", least=1)
 
 
 @dataclass
@@ -563,3 +594,58 @@ class PredictConfig:
         if isinstance(self.photos, str):
             self.photos = [self.photos]
         _bound(self, "batch_size", least=1, most=4096)
+
+
+@dataclass
+class RehearseConfig:
+    """A local AWS whose jobs train and whose endpoints answer, in the foreground, until Ctrl-C."""
+
+    port: int = 0
+    """Of 127.0.0.1; 0: any free one."""
+    region: str = "us-east-1"
+    """The region that it plays."""
+    state: str | None = None
+    """Folder for what containers write; emptied at the end. Default: the system's temporary folder."""
+    grace: float = 10.0
+    """Seconds between SIGTERM and SIGKILL when a container is stopped; AWS gives 120."""
+    startup: float = 60.0
+    """Seconds that a model server may take until it answers /ping."""
+    images: dict[str, str] = field(default_factory=dict)
+    """What images start with, as their ENTRYPOINT: '{"*/my-image:*": "python -m mine"}'. SageMaker adds train or serve."""
+
+    def __post_init__(self) -> None:
+        _bound(self, "port", least=0, most=65535)
+        _bound(self, "grace", least=0, most=120)
+        _bound(self, "startup", least=1, most=3600)
+
+
+@dataclass
+class JobConfig:
+    """Run the command of a training job's hyperparameters: what a training container starts."""
+
+    base: str | None = None
+    """Folder with input/, output/, model/ and checkpoints/. Default: SAGEMAKER_BASE_DIR, else /opt/ml."""
+
+
+@dataclass
+class JobsConfig:
+    """List SageMaker training jobs; follow one and bring its results home; stop one."""
+
+    follow: str | None = None
+    """Name of a job: show its log and state until it ends, then bring its results into its MLflow run."""
+    stop: str | None = None
+    """Name of a job: end it, and bring home what it has."""
+    limit: int = 20
+    """How many to list, newest first."""
+    region: str | None = None
+    """AWS region. Default: AWS_DEFAULT_REGION, or the profile's."""
+    workspace: str = "workspace"
+    """Run folders come home to runs/ in here."""
+    prices: str = "deploy/prices.yaml"
+    """YAML with what machines cost."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _bound(self, "limit", least=1, most=1000)
+        if self.follow and self.stop:
+            raise StocktakeError("--follow and --stop exclude each other: --stop follows the job to its end too")

@@ -144,7 +144,7 @@ def own_run(
     job = ranks.job()
     earlier = find_run(workspace / "runs", job) if job and ranks.world().attempt else None
     why = RunFolder.open(earlier).state.reason if earlier else None
-    reopen = earlier or reopen
+    reopen = earlier or reopen or _same_run(getattr(config, "resume", None))
     with (
         start_run(config.tracking, workspace=workspace, name=name, tags=tags, parent=parent, reopen=reopen) as run,
         ranks.explained(),
@@ -155,6 +155,14 @@ def own_run(
             print(f"restart {ranks.world().attempt} ({why}): going on with {run.folder}", flush=True)
         ranks.from_first(lambda: run.folder)
         yield run
+
+
+def _same_run(resume: str | None) -> Path | None:
+    """The folder to resume, if it is of the MLflow run that this process was given: an interrupted job goes on."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if resume is None or not run_id or not (Path(resume) / "run.json").is_file():
+        return None
+    return Path(resume) if RunFolder.open(Path(resume)).state.attach_run_id == run_id else None
 
 
 def find_run(runs: Path, job: str) -> Path | None:

@@ -1,0 +1,210 @@
+"""Training jobs that exist: list, stop, follow their states and their logs."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from stocktake.cloud.connection import Aws, plainly_told
+from stocktake.cloud.request import PREFIX, RUN
+from stocktake.errors import StocktakeError
+
+COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
+ENDED = (COMPLETED, FAILED, STOPPED)
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+_POLL_SECONDS = 2.0
+_QUIET_LOOKS = 2
+"""Logs may lag behind the job: at its end, look until nothing came this often."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job as it is at a moment."""
+
+    description: Mapping[str, Any]
+    """AWS's answer."""
+
+    @property
+    def name(self) -> str:
+        """Of the job."""
+        return str(self.description["TrainingJobName"])
+
+    @property
+    def arn(self) -> str:
+        """Of the job."""
+        return str(self.description["TrainingJobArn"])
+
+    @property
+    def status(self) -> str:
+        """InProgress, Stopping, Completed, Failed or Stopped."""
+        return str(self.description["TrainingJobStatus"])
+
+    @property
+    def step(self) -> str:
+        """What it is doing: Starting, Downloading, Training, Uploading, Interrupted, MaxRuntimeExceeded, ..."""
+        return str(self.description.get("SecondaryStatus") or self.status)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.status in ENDED
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed, in a line."""
+        reason = self.description.get("FailureReason")
+        return " ".join(str(reason).split())[:1000] if reason else None
+
+    @property
+    def instance_type(self) -> str:
+        """ml.m5.xlarge, ..."""
+        return str(self.description["ResourceConfig"].get("InstanceType", ""))
+
+    @property
+    def instance_count(self) -> int:
+        """Machines."""
+        return int(self.description["ResourceConfig"].get("InstanceCount", 1))
+
+    @property
+    def is_spot(self) -> bool:
+        """Whether on spare capacity."""
+        return bool(self.description.get("EnableManagedSpotTraining"))
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables of its processes."""
+        return dict(self.description.get("Environment") or {})
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's run, which it goes on in."""
+        return self.environment.get(RUN)
+
+    @property
+    def created(self) -> datetime.datetime:
+        """When it was submitted."""
+        return _moment(self.description["CreationTime"])
+
+    @property
+    def billed_seconds(self) -> float | None:
+        """What one machine is billed for, spot's saving taken off; None before it has trained."""
+        if (billed := self.description.get("BillableTimeInSeconds")) is not None:
+            return float(billed)
+        began, ended = self.description.get("TrainingStartTime"), self.description.get("TrainingEndTime")
+        return (_moment(ended) - _moment(began)).total_seconds() if began and ended else None
+
+    def log_link(self, region: str) -> str:
+        """The job's logs in the AWS console, whose addresses quote twice, with $ for %."""
+
+        def quoted(text: str) -> str:
+            return quote(quote(text, safe=""), safe="").replace("%", "$")
+
+        filtered = quoted("?logStreamNameFilter=") + quoted(f"{self.name}/")
+        return (
+            f"https://{region}.console.aws.amazon.com/cloudwatch/home?region={region}"
+            f"#logsV2:log-groups/log-group/{quoted(LOG_GROUP)}{filtered}"
+        )
+
+
+def describe(aws: Aws, name: str) -> Job:
+    """The job of a name; StocktakeError if there is none."""
+    with plainly_told(f"job {name}"):
+        return Job(aws.sagemaker.describe_training_job(TrainingJobName=name))
+
+
+def newest(aws: Aws, limit: int) -> list[Job]:
+    """Our jobs, newest first."""
+    with plainly_told("the list of jobs"):
+        pages = aws.sagemaker.get_paginator("list_training_jobs").paginate(
+            NameContains=PREFIX, SortBy="CreationTime", SortOrder="Descending", PaginationConfig={"MaxItems": limit}
+        )
+        names = [one["TrainingJobName"] for page in pages for one in page["TrainingJobSummaries"]]
+    jobs = [describe(aws, name) for name in names if name.startswith(PREFIX)][:limit]
+    return sorted(jobs, key=lambda job: job.created, reverse=True)
+
+
+def stop(aws: Aws, name: str) -> Job:
+    """Ask the job to end: its processes get SIGTERM and two minutes. One that has ended stays as it is."""
+    job = describe(aws, name)
+    if not job.has_ended and job.status != "Stopping":
+        with suppress(StocktakeError), plainly_told(f"job {name}"):  # it may have ended meanwhile
+            aws.sagemaker.stop_training_job(TrainingJobName=name)
+        job = describe(aws, name)
+        if job.status == "InProgress":
+            raise StocktakeError(f"job {name} could not be stopped: it is still {job.step}")
+    return job
+
+
+@dataclass
+class Logs:
+    """The lines of a job's processes, each once."""
+
+    aws: Aws
+    name: str
+    _tokens: dict[str, str] = field(default_factory=dict)
+    _is_refused: bool = False
+
+    def fresh(self) -> Iterator[str]:
+        """Lines since the last time; with several machines each begins with its name."""
+        from botocore.exceptions import ClientError
+
+        if self._is_refused:
+            return
+        try:
+            pages = self.aws.logs.get_paginator("describe_log_streams").paginate(
+                logGroupName=LOG_GROUP, logStreamNamePrefix=f"{self.name}/"
+            )
+            streams = sorted(stream["logStreamName"] for page in pages for stream in page["logStreams"])
+            for stream in streams:
+                machine = stream.removeprefix(f"{self.name}/").rsplit("-", 1)[0]
+                for line in self._lines(stream):
+                    yield f"[{machine}] {line}" if len({one.split("/")[1][:6] for one in streams}) > 1 else line
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ResourceNotFoundException":  # nothing was written yet
+                self._is_refused = True
+                yield f"warning: the job's logs cannot be read ({error.response['Error']['Message']})"
+
+    def _lines(self, stream: str) -> Iterator[str]:
+        while True:
+            token = self._tokens.get(stream)
+            following = {"nextToken": token} if token else {}
+            answer = self.aws.logs.get_log_events(
+                logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **following
+            )
+            self._tokens[stream] = answer["nextForwardToken"]
+            yield from (event["message"].rstrip("\n") for event in answer["events"])
+            if not answer["events"] or answer["nextForwardToken"] == token:
+                return
+
+
+def follow(aws: Aws, name: str, say: Callable[[str], None], *, poll_seconds: float = _POLL_SECONDS) -> Job:
+    """Wait for the job's end; says its log lines as they come, and a line whenever its state changes."""
+    logs, told = Logs(aws, name), ""
+    while True:
+        job = describe(aws, name)
+        for line in logs.fresh():
+            say(line)
+        state = f"{job.status}: {job.step}" if job.step != job.status else job.status
+        if state != told:
+            told = state
+            say(f"--- {name} {state}{f' ({job.failure})' if job.failure else ''}")
+        if job.has_ended:
+            quiet = 0
+            while quiet < _QUIET_LOOKS:
+                lines = list(logs.fresh())
+                for line in lines:
+                    say(line)
+                quiet = 0 if lines else quiet + 1
+                time.sleep(min(0.5, poll_seconds))
+            return job
+        time.sleep(poll_seconds)
+
+
+def _moment(given: datetime.datetime) -> datetime.datetime:
+    """With a time zone, which a stand-in for AWS may leave out."""
+    return given if given.tzinfo else given.replace(tzinfo=datetime.UTC)

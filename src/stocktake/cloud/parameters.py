@@ -1,0 +1,124 @@
+"""What `-P name=value` becomes in a job: checked here as on this machine, then hyperparameters and input channels."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stocktake import cli
+from stocktake.cloud.settings import JobSettings
+from stocktake.errors import StocktakeError
+
+COMMAND = "command"
+"""The hyperparameter that names the command."""
+CHANNEL = "channel:"
+"""Begins the value of a hyperparameter that is a file of a channel: channel:files/NAME."""
+JOBS = ("ladder", "eda", "majority", "classical", "frozen", "finetune", "ddp")
+_DISTRIBUTED = ("finetune", "ddp")
+_FILES = ("list", "weights")
+_ELSEWHERE = {
+    "tracking.uri": "the job's server is tracking_uri in the backend config",
+    "tracking.registry_uri": "the job's server is tracking_uri in the backend config",
+    "resume": "it is a folder of this machine; an interrupted spot job goes on by itself",
+    "nnodes": "the machines of a job are instance_count in the backend config",
+    "node_rank": "the machines of a job are instance_count in the backend config",
+    "rendezvous": "the machines of a job find each other",
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A command that was checked, as a job gets it."""
+
+    command: str
+    hyperparameters: dict[str, str]
+    """The command and its parameters, an experiment's file among them, without root and workspace."""
+    root: str | None
+    """As it was given: s3://, a folder, or none for the synthetic one."""
+    workspace: Path
+    """Where the run folder comes home to."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """Files of this machine that the job needs, by their names in the channel `files`."""
+
+
+def read_parameters(
+    project: Path, entry_point: str, parameters: Mapping[str, str], settings: JobSettings
+) -> Parameters:
+    """Check a command's parameters by its own parser, with paths relative to the project, as `mlflow run` has them.
+
+    Raises:
+        StocktakeError: a command that is no job, an unknown parameter, a value that does not fit.
+    """
+    command = cli.ALIASES.get(entry_point, entry_point)
+    if command not in JOBS:
+        raise StocktakeError(f"-e {entry_point} does not run as a job: those that do are {', '.join(JOBS)}")
+    for name, reason in _ELSEWHERE.items():
+        if name in parameters:
+            raise StocktakeError(f"-P {name} cannot be given to a job: {reason}")
+    with contextlib.chdir(project):
+        config = cli.parse(command, [word for name, value in parameters.items() for word in (f"--{name}", value)])
+        given = {**_experiment(parameters, command), **parameters}
+    given.pop("experiment", None)
+    given.pop("root", None)
+    given.pop("workspace", None)
+    if command not in _DISTRIBUTED and settings.instance_count > 1:
+        raise StocktakeError(
+            f"instance_count {settings.instance_count}: {command} runs on one machine; {' and '.join(_DISTRIBUTED)} "
+            "on several"
+        )
+    if command in _DISTRIBUTED:
+        config.check_batch(settings.instance_count * getattr(config, "nproc", 1))
+    files = {}
+    for name in _FILES:
+        path = project / str(getattr(config, name, None) or "")
+        if path.is_file():
+            files[path.name] = path
+            given[name] = f"{CHANNEL}files/{path.name}"
+        elif name == "list" and getattr(config, name, None):
+            raise StocktakeError(f"--list {config.list} cannot be read: there is no such file in {project}")
+    return Parameters(command, {COMMAND: command, **given}, config.root, project / config.workspace, files)
+
+
+def as_arguments(hyperparameters: Mapping[str, str], data: Path) -> tuple[str, list[str]]:
+    """The command and its arguments, in the job.
+
+    Args:
+        hyperparameters: of the job; what SageMaker's tuner adds begins with an underscore and is left out.
+        data: folder of the input channels.
+
+    Raises:
+        StocktakeError: no command is among them.
+    """
+    command = hyperparameters.get(COMMAND, "")
+    if command not in JOBS:
+        raise StocktakeError(f"the hyperparameter {COMMAND} is {command!r}: it must be one of {', '.join(JOBS)}")
+    arguments = []
+    for name, value in hyperparameters.items():
+        if name == COMMAND or name.startswith(("_", "sagemaker_")):
+            continue
+        if value.startswith(CHANNEL):
+            value = str(data / value.removeprefix(CHANNEL))
+        arguments += [f"--{name}", value]
+    return command, arguments
+
+
+def _experiment(parameters: Mapping[str, str], command: str) -> dict[str, str]:
+    """The settings of the experiment's file by their dotted names, as text: the job has not got the file."""
+    if "experiment" not in parameters:
+        return {}
+    path = cli.find_experiment(parameters["experiment"])
+    return dict(_flat(cli.read_experiment(path, cli.COMMANDS[command].config)))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    flat = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}{name}.")
+        else:
+            flat.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
+    return flat

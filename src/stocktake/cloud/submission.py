@@ -1,0 +1,197 @@
+"""From `mlflow run . -b sagemaker` to a job, and to its end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stocktake.cloud.connection import Aws, plainly_told
+from stocktake.cloud.homecoming import Arrival, bring_home, cost_of
+from stocktake.cloud.jobs import Job, describe, follow, stop
+from stocktake.cloud.packing import Shelf, bin_files, pack_source, split_uri
+from stocktake.cloud.parameters import Parameters, read_parameters
+from stocktake.cloud.prices import Prices, read_prices, told
+from stocktake.cloud.request import Inputs, job_name, training_job
+from stocktake.cloud.settings import JobSettings, is_remote, project_file
+from stocktake.config import TrackingConfig
+from stocktake.errors import StocktakeError
+from stocktake.tracking.addresses import redact, without_credentials
+
+
+def say(line: str) -> None:
+    """On stdout, at once."""
+    print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that is about to be: everything about it is checked, and nothing is sent."""
+
+    aws: Aws
+    project: Path
+    settings: JobSettings
+    parameters: Parameters
+    name: str
+    tracking_uri: str | None
+    """As the job reaches it; None: it does not."""
+    source: bytes
+    prices: Prices | None
+
+    def send(self, run_id: str) -> Job:
+        """Upload what the job needs and create it.
+
+        Raises:
+            StocktakeError: S3 or SageMaker refuse.
+        """
+        shelf = Shelf(self.aws.s3, self.settings.place, self.settings.kms_key)
+        root, files = self.parameters.root, self.parameters.files
+        with plainly_told(f"upload to {self.settings.place}"):
+            bins = _as_prefix(root) if root and root.startswith("s3://") else None
+            if root and bins is None:
+                bins = shelf.put_bins(self.project / root)
+            inputs = Inputs(shelf.put_source(self.source), bins, shelf.put_files(files) if files else None)
+        request = training_job(
+            self.name, self.settings, self.parameters, inputs, run_id=run_id, tracking_uri=self.tracking_uri
+        )
+        with plainly_told("SageMaker refuses the job"):
+            self.aws.sagemaker.create_training_job(**request)
+        return describe(self.aws, self.name)
+
+    def estimate(self) -> tuple[float | None, float | None]:
+        """Dollars an hour, and at most."""
+        if self.prices is None:
+            return None, None
+        kind, count, spot = self.settings.instance_type, self.settings.instance_count, self.settings.spot
+        hourly, most = (
+            self.prices.estimate(kind, count, seconds, spot=spot) for seconds in (3600, self.settings.max_run_seconds)
+        )
+        return hourly, most
+
+
+def prepare(
+    project: Path, entry_point: str, parameters: Mapping[str, str], settings: JobSettings, client_uri: str
+) -> Submission:
+    """Check everything that can be checked: settings, parameters, the request, the root, the bucket.
+
+    Args:
+        project: a checkout.
+        entry_point: of MLproject.
+        parameters: what -P gives.
+        settings: where and how the job runs.
+        client_uri: this machine's tracking URI.
+
+    Raises:
+        StocktakeError: names the setting or parameter that has to change.
+    """
+    checked = read_parameters(project, entry_point, parameters, settings)
+    name = job_name(checked.command)
+    tracking_uri = settings.tracking_uri or (client_uri if is_remote(client_uri) else None)
+    if tracking_uri is not None and without_credentials(tracking_uri) != tracking_uri:
+        raise StocktakeError(
+            f"the tracking URI {redact(tracking_uri)} has credentials in it, which anybody could read who may describe "
+            "the job: give it without them, and let the job's server do with its network or role"
+        )
+    somewhere = Inputs(f"{settings.place}/code/", f"{settings.place}/bins/", f"{settings.place}/files/")
+    training_job(name, settings, checked, somewhere, run_id="0" * 32, tracking_uri=tracking_uri)
+    prices = read_prices(project_file(project, settings.prices))
+    source = pack_source(project)
+    aws = Aws(settings.region)
+    _check_root(aws, project, checked.root, settings)
+    with plainly_told(f"backend config: bucket {settings.bucket}"):
+        aws.s3.head_bucket(Bucket=split_uri(settings.bucket)[0])
+    return Submission(aws, project, settings, checked, name, tracking_uri, source, prices)
+
+
+def watch(
+    aws: Aws, name: str, workspace: Path, tracking: TrackingConfig, prices: Prices | None
+) -> tuple[Job, Arrival | None]:
+    """Follow a job to its end and bring its results home. Ctrl-C asks whether to stop the job or to stop watching.
+
+    Returns:
+        The job, and how its results arrived; None for a job that is no longer watched.
+    """
+    while True:
+        try:
+            job = follow(aws, name, say)
+            break
+        except KeyboardInterrupt:
+            match _ask(name):
+                case "stop":
+                    say(f"stopping {name}")
+                    stop(aws, name)
+                case "leave":
+                    say(f"{name} goes on; `stocktake jobs --follow {name}` brings its results home")
+                    return describe(aws, name), None
+    arrival = bring_home(aws, job, workspace, tracking, prices, say)
+    _tell(job, arrival, prices)
+    return job, arrival
+
+
+def git_commit(project: Path) -> str | None:
+    """The commit of a checkout."""
+    done = subprocess.run(["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def tell_estimate(submission: Submission) -> None:
+    """What the job may cost."""
+    hourly, most = submission.estimate()
+    settings, prices = submission.settings, submission.prices
+    what = f"{settings.instance_count} x {settings.instance_type}{', spot' if settings.spot else ''}"
+    if hourly is None or prices is None:
+        say(f"{what}: no price of it in {settings.prices}")
+    else:
+        say(
+            f"{what}: about {told(hourly)} an hour, at most {told(most)} in {settings.max_run_seconds / 3600:g} h "
+            f"(prices of {prices.date}, {prices.region})"
+        )
+
+
+def _tell(job: Job, arrival: Arrival, prices: Prices | None) -> None:
+    if job.billed_seconds is not None:
+        machines = f"{job.instance_count} x {job.instance_type}"
+        say(f"billed: {job.billed_seconds:.0f} s of {machines}, {told(cost_of(job, prices))}")
+    for folder in arrival.folders:
+        say(f"results on disk: {folder}")
+    if arrival.how:
+        say(f"the run {job.run_id} is {arrival.status}; its results arrived {arrival.how}")
+
+
+def _ask(name: str) -> str:
+    """stop, leave or wait. Where nobody can be asked, an interrupt stops the job: it costs money."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return "stop"
+    ask: Callable[[str], str] = input
+    try:
+        answer = ask(f"\n{name}: [s]top the job, [l]eave it running and stop watching, or [w]ait on? [w] ")
+    except (EOFError, KeyboardInterrupt):
+        return "leave"
+    return {"s": "stop", "l": "leave"}.get(answer.strip().lower()[:1], "wait")
+
+
+def _check_root(aws: Aws, project: Path, root: str | None, settings: JobSettings) -> None:
+    """Raises StocktakeError for a root that the job could not read."""
+    if root is None:
+        return
+    if root.startswith("s3://"):
+        bucket, prefix = split_uri(_as_prefix(root))
+        with plainly_told(f"-P root={root}"):
+            found = aws.s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        if not found.get("KeyCount"):
+            raise StocktakeError(f"-P root={root}: nothing lies there; it must hold bin-images/ and metadata/")
+        return
+    if "://" in root:
+        raise StocktakeError(f"-P root={root}: a job reads s3:// addresses")
+    if not settings.upload_bins:
+        raise StocktakeError(
+            f"-P root={root} is a folder of this machine, which a job does not see: publish it "
+            f"(`stocktake data --root {root} --publish s3://...`) and give that address, or set upload_bins to true"
+        )
+    bin_files(project / root)
+
+
+def _as_prefix(root: str) -> str:
+    return root.rstrip("/") + "/"
