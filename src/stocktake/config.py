@@ -611,7 +611,7 @@ class RehearseConfig:
     startup: float = 60.0
     """Seconds that a model server may take until it answers /ping."""
     images: dict[str, str] = field(default_factory=dict)
-    """What images start with, as their ENTRYPOINT: '{"*/my-image:*": "python -m mine"}'. SageMaker adds train or serve."""
+    """What images start with, as their ENTRYPOINT: '{"*/mine:*": "python -m mine"}'. SageMaker adds train or serve."""
 
     def __post_init__(self) -> None:
         _bound(self, "port", least=0, most=65535)

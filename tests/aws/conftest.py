@@ -1,0 +1,22 @@
+"""The local AWS of the session."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from rehearsal_process import RehearsalProcess, start_rehearsal
+
+
+@pytest.fixture(scope="session")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RehearsalProcess]:
+    """The local AWS of the session. A stopped container has two seconds; tests choose names of their own in it."""
+    images = {"*/broken:*": f"{sys.executable} -c 'raise SystemExit(3)'"}
+    state = tmp_path_factory.mktemp("rehearsal")
+    process = start_rehearsal(state, "--grace", "2", "--images", json.dumps(images))
+    yield process
+    process.close()
+    assert not list(state.iterdir()), "the local AWS left something behind"

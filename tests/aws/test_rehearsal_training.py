@@ -1,0 +1,289 @@
+"""Training jobs on the local AWS: folders, artifacts, states, failures, stops, hosts, checkpoints, spot."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from rehearsal_process import eventually
+
+pytestmark = pytest.mark.aws
+
+
+def channel(name: str, uri: str, **source: str) -> dict[str, Any]:
+    """Of InputDataConfig."""
+    return {"ChannelName": name, "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri, **source}}}
+
+
+def archive(content: bytes) -> dict[str, bytes]:
+    """The files of a .tar.gz."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as files:
+        return {one.name: files.extractfile(one).read() for one in files if one.isfile()}
+
+
+def test_a_job_runs_its_entry_point_in_the_container_layout(rehearsal: Any) -> None:
+    rehearsal.put("layout/train/a.txt", "A")
+    rehearsal.put("layout/train/deep/b.txt", "B")
+    one = rehearsal.put("layout/one.json", "{}")
+    script = """
+import json, os, pathlib
+ml = pathlib.Path("/opt/ml")
+configuration = {path.stem: json.loads(path.read_text()) for path in (ml / "input/config").iterdir()}
+files = sorted(str(path.relative_to(ml)) for path in (ml / "input/data").rglob("*") if path.is_file())
+folders = sorted(path.name for path in ml.iterdir())
+names = "TRAINING_JOB_NAME TRAINING_JOB_ARN GREETING AWS_ENDPOINT_URL AWS_REGION HOME_OF_USER".split()
+environment = {name: os.environ.get(name) for name in names}
+(ml / "model/seen.json").write_text(json.dumps([configuration, files, folders, environment]))
+(ml / "output/data/extra.txt").write_text("extra")
+print("val_macro_f1=0.25"); print("epoch=2 val_macro_f1=0.75 done")
+"""
+    rehearsal.train(
+        "layout",
+        script,
+        program="python",
+        HyperParameters={"lr": "0.1", "words": "two words"},
+        Environment={"GREETING": "good day"},
+        InputDataConfig=[channel("train", f"s3://{rehearsal.bucket}/layout/train"), channel("one", one)],
+        AlgorithmSpecification={"MetricDefinitions": [{"Name": "f1", "Regex": r"val_macro_f1=(\S+)"}]},
+        Tags=[{"Key": "stage", "Value": "finetune"}],
+    )
+    job = rehearsal.ended("layout")
+    assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Completed", "Completed"), job
+    assert [one["Status"] for one in job["SecondaryStatusTransitions"]] == [
+        "Starting",
+        "Downloading",
+        "Training",
+        "Uploading",
+        "Completed",
+    ]
+    assert all("EndTime" in one for one in job["SecondaryStatusTransitions"])
+    assert [(one["MetricName"], one["Value"]) for one in job["FinalMetricDataList"]] == [("f1", 0.75)]
+    assert job["BillableTimeInSeconds"] >= 1
+    assert job["TrainingEndTime"] >= job["TrainingStartTime"] >= job["CreationTime"]
+
+    assert job["ModelArtifacts"]["S3ModelArtifacts"] == f"s3://{rehearsal.bucket}/output/layout/output/model.tar.gz"
+    configuration, files, folders, environment = json.loads(
+        archive(rehearsal.get("output/layout/output/model.tar.gz"))["seen.json"]
+    )
+    assert archive(rehearsal.get("output/layout/output/output.tar.gz")) == {"extra.txt": b"extra"}
+    assert configuration["hyperparameters"] == {"lr": "0.1", "words": "two words"}
+    assert configuration["resourceconfig"]["hosts"] == ["algo-1"]
+    assert configuration["resourceconfig"]["current_instance_type"] == "ml.m5.xlarge"
+    assert configuration["inputdataconfig"]["train"]["TrainingInputMode"] == "File"
+    assert files == [
+        "input/data/one/one.json",
+        "input/data/program/main",
+        "input/data/train/a.txt",
+        "input/data/train/deep/b.txt",
+    ]
+    assert folders == ["checkpoints", "code", "input", "model", "output"]
+    assert environment == {
+        "TRAINING_JOB_NAME": "layout",
+        "TRAINING_JOB_ARN": job["TrainingJobArn"],
+        "GREETING": "good day",
+        "AWS_ENDPOINT_URL": rehearsal.endpoint,
+        "AWS_REGION": "us-east-1",
+        "HOME_OF_USER": None,
+    }
+    assert rehearsal.log("layout/algo-1") == ["val_macro_f1=0.25", "epoch=2 val_macro_f1=0.75 done"]
+    tags = rehearsal.client("sagemaker").list_tags(ResourceArn=job["TrainingJobArn"])["Tags"]
+    assert tags == [{"Key": "stage", "Value": "finetune"}]
+
+
+def test_a_failure_is_told_in_the_jobs_own_words(rehearsal: Any) -> None:
+    rehearsal.train("failing", "echo half > /opt/ml/model/half; echo 'no photos' > /opt/ml/output/failure; exit 3")
+    job = rehearsal.ended("failing")
+    assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Failed", "Failed")
+    assert job["FailureReason"] == "AlgorithmError: no photos, exit code: 3"
+    rehearsal.train("no-program", "", program="no-such-program")
+    assert rehearsal.ended("no-program")["FailureReason"] == "AlgorithmError: , exit code: 127"
+    assert rehearsal.log("no-program/") == ["cannot start no-such-program: No such file or directory"]
+
+
+def test_a_stopped_job_gets_sigterm_and_keeps_what_it_wrote(rehearsal: Any) -> None:
+    script = """
+trap 'echo told to end; touch /opt/ml/model/half; exit 0' TERM
+echo started
+while true; do sleep 0.1; done
+"""
+    rehearsal.train("stopped", script)
+    eventually(lambda: rehearsal.log("stopped/") == ["started"])
+    rehearsal.client("sagemaker").stop_training_job(TrainingJobName="stopped")
+    assert rehearsal.job("stopped")["TrainingJobStatus"] in ("Stopping", "Stopped")
+    job = rehearsal.ended("stopped")
+    assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "Stopped")
+    assert rehearsal.log("stopped/") == ["started", "told to end"]
+    assert archive(rehearsal.get("output/stopped/output/model.tar.gz")) == {"half": b""}
+    with pytest.raises(ClientError, match="ValidationException"):
+        rehearsal.client("sagemaker").stop_training_job(TrainingJobName="stopped")
+
+
+def test_a_job_that_will_not_end_is_killed_with_all_its_processes(rehearsal: Any) -> None:
+    """Its time is over; a process of it that left the session goes as well."""
+    script = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+left = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(os.getpid(), left.pid, flush=True)
+time.sleep(600)
+"""
+    rehearsal.train("endless", script, program="python", StoppingCondition={"MaxRuntimeInSeconds": 1})
+    job = rehearsal.ended("endless")
+    assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
+    for process in map(int, rehearsal.log("endless/")[0].split()):
+        assert not Path(f"/proc/{process}").exists()
+
+
+def test_hosts_find_each_other_by_name_and_share_the_data(rehearsal: Any) -> None:
+    for name in "abc":
+        rehearsal.put(f"shards/{name}", name)
+    script = """
+import json, os, pathlib, socket
+resources = json.loads(pathlib.Path("/opt/ml/input/config/resourceconfig.json").read_text())
+name, hosts = resources["current_host"], resources["hosts"]
+shard = "".join(sorted(path.name for path in pathlib.Path("/opt/ml/input/data/train").iterdir()))
+if name == hosts[0]:
+    listener = socket.create_server((name, 29317))
+    print("listening on", listener.getsockname()[0] == socket.gethostbyname(name), flush=True)
+    connection, _ = listener.accept()
+    other = connection.recv(100).decode()
+else:
+    for _ in range(600):
+        try:
+            connection = socket.create_connection((hosts[0], 29317), timeout=60)
+            break
+        except ConnectionRefusedError:
+            import time; time.sleep(0.1)
+    connection.sendall(shard.encode())
+    other = "sent"
+pathlib.Path("/opt/ml/model", name).write_text(f"{shard} {other} {len(hosts)}")
+"""
+    rehearsal.train(
+        "two-hosts",
+        script,
+        program="python",
+        ResourceConfig={"InstanceType": "ml.m5.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 10},
+        InputDataConfig=[channel("train", f"s3://{rehearsal.bucket}/shards/", S3DataDistributionType="ShardedByS3Key")],
+    )
+    job = rehearsal.ended("two-hosts")
+    assert job["TrainingJobStatus"] == "Completed", rehearsal.log("two-hosts/")
+    assert archive(rehearsal.get("output/two-hosts/output/model.tar.gz")) == {
+        "algo-1": b"ac b 2",
+        "algo-2": b"b sent 2",
+    }
+    assert rehearsal.log("two-hosts/algo-1") == ["listening on True"]
+
+
+def test_one_failing_host_ends_the_others(rehearsal: Any) -> None:
+    script = """
+grep -q '"current_host": "algo-2"' /opt/ml/input/config/resourceconfig.json || exec sleep 600
+echo lost > /opt/ml/output/failure; exit 9
+"""
+    rehearsal.train(
+        "half-failing",
+        script,
+        ResourceConfig={"InstanceType": "ml.m5.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 10},
+    )
+    job = rehearsal.ended("half-failing")
+    assert (job["TrainingJobStatus"], job["FailureReason"]) == ("Failed", "AlgorithmError: lost, exit code: 9")
+
+
+STEPS = """
+import pathlib, sys, time
+checkpoint, steps = pathlib.Path("/opt/ml/checkpoints/step"), 6
+pathlib.Path("/opt/ml/model/scratch").touch()
+done = int(checkpoint.read_text()) if checkpoint.exists() else 0
+print(f"begins at {done}", flush=True)
+while done < steps:
+    done += 1
+    checkpoint.write_text(str(done))
+    print(f"step={done}", flush=True)
+    if done == 3 and not pathlib.Path("/opt/ml/checkpoints/resumed").exists():
+        pathlib.Path("/opt/ml/checkpoints/resumed").touch()
+        print("half way", flush=True)
+        time.sleep(600)
+pathlib.Path("/opt/ml/model/final").write_text(str(done))
+"""
+
+
+@pytest.mark.parametrize("told_by", ["tag", "environment"])
+def test_a_spot_interruption_loses_all_but_the_checkpoints(rehearsal: Any, told_by: str) -> None:
+    name = f"spot-{told_by}"
+    told: dict[str, Any] = (
+        {"Tags": [{"Key": "rehearsal:interrupt-after", "Value": "half w.y"}]}
+        if told_by == "tag"
+        else {"Environment": {"REHEARSAL_INTERRUPT_AFTER": "2"}}
+    )
+    rehearsal.train(
+        name,
+        STEPS,
+        program="python",
+        EnableManagedSpotTraining=True,
+        StoppingCondition={"MaxRuntimeInSeconds": 300, "MaxWaitTimeInSeconds": 600},
+        CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/{name}"},
+        AlgorithmSpecification={"MetricDefinitions": [{"Name": "step", "Regex": "step=([0-9]+)"}]},
+        **told,
+    )
+    job = rehearsal.ended(name)
+    assert job["TrainingJobStatus"] == "Completed", (job, rehearsal.log(f"{name}/"))
+    assert [one["Status"] for one in job["SecondaryStatusTransitions"]] == [
+        *("Starting", "Downloading", "Training", "Interrupted"),
+        *("Starting", "Downloading", "Training", "Uploading", "Completed"),
+    ]
+    lines = rehearsal.log(f"{name}/")
+    assert lines[:2] == ["begins at 0", "step=1"]
+    assert lines[-4:] == ["begins at 3", "step=4", "step=5", "step=6"]
+    assert job["FinalMetricDataList"][0]["Value"] == 6
+    assert job["BillableTimeInSeconds"] <= job["TrainingTimeInSeconds"]
+    assert archive(rehearsal.get(f"output/{name}/output/model.tar.gz")) == {"scratch": b"", "final": b"6"}
+    assert rehearsal.get(f"checkpoints/{name}/step") == b"6"
+
+
+def test_checkpoints_go_to_s3_while_the_job_runs(rehearsal: Any) -> None:
+    rehearsal.train(
+        "checkpoints",
+        "echo 1 > /opt/ml/checkpoints/one; sleep 600",
+        CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/running/"},
+    )
+    eventually(lambda: rehearsal.keys("checkpoints/running") == ["checkpoints/running/one"])
+    rehearsal.client("sagemaker").stop_training_job(TrainingJobName="checkpoints")
+    assert rehearsal.ended("checkpoints")["TrainingJobStatus"] == "Stopped"
+
+
+def test_metrics_reach_cloudwatch(rehearsal: Any) -> None:
+    definitions = [{"Name": "val:f1", "Regex": "f1=([0-9.]+)"}, {"Name": "other", "Regex": "never=(.*)"}]
+    script = "echo f1=0.5; echo f1=0.25; echo f1=..; echo 'caf\xe9'"
+    rehearsal.train("metrics", script, AlgorithmSpecification={"MetricDefinitions": definitions})
+    job = rehearsal.ended("metrics")
+    assert [(one["MetricName"], one["Value"]) for one in job["FinalMetricDataList"]] == [("val:f1", 0.25)]
+    statistics = rehearsal.client("cloudwatch").get_metric_statistics(
+        Namespace="/aws/sagemaker/TrainingJobs",
+        MetricName="val:f1",
+        Dimensions=[{"Name": "TrainingJobName", "Value": "metrics"}],
+        StartTime=job["CreationTime"] - timedelta(minutes=5),
+        EndTime=job["TrainingEndTime"] + timedelta(minutes=5),
+        Period=3600,
+        Statistics=["SampleCount", "Maximum"],
+    )
+    assert sum(one["SampleCount"] for one in statistics["Datapoints"]) == 2
+
+
+def test_jobs_are_listed_newest_first(rehearsal: Any) -> None:
+    for name in ("listed-1", "listed-2", "listed-3"):
+        rehearsal.train(name, "exit 1" if name == "listed-2" else "true")
+        rehearsal.ended(name)
+    sagemaker = rehearsal.client("sagemaker")
+    first = sagemaker.list_training_jobs(NameContains="listed-", MaxResults=2)
+    assert [one["TrainingJobName"] for one in first["TrainingJobSummaries"]] == ["listed-3", "listed-2"]
+    rest = sagemaker.list_training_jobs(NameContains="listed-", MaxResults=2, NextToken=first["NextToken"])
+    assert [one["TrainingJobName"] for one in rest["TrainingJobSummaries"]] == ["listed-1"]
+    assert "NextToken" not in rest
+    failed = sagemaker.list_training_jobs(NameContains="listed-", StatusEquals="Failed")["TrainingJobSummaries"]
+    assert [(one["TrainingJobName"], one["SecondaryStatus"]) for one in failed] == [("listed-2", "Failed")]
