@@ -135,6 +135,16 @@ class DataConfig(BinsConfig):
 
     export: str | None = None
     """Also write an ImageFolder tree here: train/1/<id>.jpg, ..."""
+    publish: str | None = None
+    """Also upload the bins of the task to s3://bucket/prefix, as shards that training jobs read; a root as well."""
+    shard_mb: int = 64
+    """Megabytes of a shard."""
+    plan: bool = False
+    """Fetch nothing but a sample of the root at s3://, and tell what all of it takes: objects, hours, cost, memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bound(self, "shard_mb", least=1, most=2000)
 
 
 @dataclass

@@ -14,7 +14,7 @@ def shown() -> bool:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` pieces of work; yields a function that is told how many more are done."""
+    """A bar over `total` pieces of work, with rate and time left; yields what is told how many more are done."""
     if total == 0 or not shown():
         yield lambda _done: None
         return
@@ -23,12 +23,19 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed or 0:.0f}/s")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
     clocks = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *clocks, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(title, total=total)

@@ -15,6 +15,8 @@ LARGEST_FILE = 50_000_000
 LARGEST_PHOTO = 40_000_000
 """Pixels. Asked before decoding, so that a small file cannot fill the memory."""
 FORMATS = ("JPEG", "PNG", "WEBP")
+_KEPT_QUALITY = 92
+"""Of JPEGs that are kept smaller than they came."""
 
 # Pillow warns of large or odd photos without naming them; here each is used, flagged or refused. Once for the process:
 # catch_warnings is not for threads, and photos are checked in several
@@ -57,6 +59,21 @@ def examine(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
         return photo.convert("RGB"), tuple(flags)
     except Exception as error:
         raise PhotoError(f"photo cannot be decoded: {error}") from None
+
+
+def shrink(data: bytes, short_side: int) -> bytes:
+    """A JPEG of the photo, upright, with this short side in pixels; anything smaller, or no photo, stays as it is."""
+    try:
+        photo = decode(data)
+    except PhotoError:  # kept: the manifest says what is wrong with it
+        return data
+    if min(photo.size) <= short_side:
+        return data
+    scale = short_side / min(photo.size)
+    smaller = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    smaller.save(file, "JPEG", quality=_KEPT_QUALITY)
+    return file.getvalue()
 
 
 def photo_key(data: bytes) -> str:

@@ -16,10 +16,11 @@ import pandas as pd
 from stocktake.bins.grouping import group_looks
 from stocktake.bins.images import PhotoError, examine, photo_key
 from stocktake.bins.record import RecordError, parse_record
-from stocktake.bins.source import Source, open_source, read_id_list, source_key
+from stocktake.bins.roots import first_of_task, open_root
+from stocktake.bins.source import Source, read_id_list, source_key
 from stocktake.bins.splits import SPLITS, Split, assign_split, check_fractions
 from stocktake.bins.task import parse_task
-from stocktake.config import BinsConfig
+from stocktake.config import BinsConfig, SplitConfig
 from stocktake.errors import StocktakeError
 from stocktake.progress import progress
 
@@ -106,10 +107,12 @@ def build_manifest(config: BinsConfig) -> Manifest:
     if config.root == "":  # an unset variable of a script's must not end in training on rendered bins
         raise StocktakeError("--root is empty: give a folder, or leave the option out for a synthetic root")
     root = config.root or str(synthetic_root(config))
-    source = open_source(root)
     wanted = read_id_list(Path(config.list)) if config.list else None
     folder = Path(config.workspace) / "manifests" / source_key(root)
     with _writing_to(config.workspace):
+        source = open_root(root, config, labels, wanted)
+        if config.limit is not None:
+            wanted = first_of_task(source, wanted, labels, config.limit)
         folder.mkdir(parents=True, exist_ok=True)
         checked = _check_bins(source, wanted, folder / "checked.parquet")
 
@@ -122,11 +125,11 @@ def build_manifest(config: BinsConfig) -> Manifest:
             f"the first because of {first['file']}: {first['reason']}"
         )
     usable["quantity"] = usable["quantity"].astype("int64")
-    hashes = np.array([int(text, 16) for text in usable["phash"]], dtype=np.uint64)
-    usable["group"] = group_looks(usable["id"].tolist(), usable["items"].tolist(), hashes, config.split.twin_distance)
-    keys = usable["group"] if config.split.by == "group" else usable["id"]
-    split_of = {key: assign_split(key, config.split.fractions, config.split.seed) for key in keys.unique()}
-    usable["split"] = keys.map(split_of)
+    if (decided := source.decided()) is None:
+        _decide(usable, config.split)
+    else:
+        by_id = decided.set_index("id").reindex(usable["id"])
+        usable["group"], usable["split"] = by_id["group"].to_numpy(), by_id["split"].to_numpy()
 
     bins = usable[usable["quantity"].isin(labels)].reset_index(drop=True)
     if bins.empty:
@@ -147,6 +150,15 @@ def build_manifest(config: BinsConfig) -> Manifest:
         _write(manifest.bins, folder / "manifest.parquet")
         _write(manifest.set_aside, folder / "set-aside.csv")
     return manifest
+
+
+def _decide(usable: pd.DataFrame, config: SplitConfig) -> None:
+    """Add the columns group and split."""
+    hashes = np.array([int(text, 16) for text in usable["phash"]], dtype=np.uint64)
+    usable["group"] = group_looks(usable["id"].tolist(), usable["items"].tolist(), hashes, config.twin_distance)
+    keys = usable["group"] if config.by == "group" else usable["id"]
+    split_of = {key: assign_split(key, config.fractions, config.seed) for key in keys.unique()}
+    usable["split"] = keys.map(split_of)
 
 
 @contextmanager

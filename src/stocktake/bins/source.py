@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from stocktake.bins.images import LARGEST_FILE
 from stocktake.bins.record import LARGEST_RECORD
 from stocktake.errors import StocktakeError
 
-_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
+if TYPE_CHECKING:
+    import pandas as pd
+
+ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
+PHOTOS, RECORDS = ("bin-images/", ".jpg"), ("metadata/", ".json")
+"""What stands before and after an id in the two places of the public bucket."""
 
 
 class Source(Protocol):
@@ -23,6 +28,13 @@ class Source(Protocol):
     @property
     def root(self) -> str:
         """The root as a user would write it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the photos lie on this machine, as bin-images/<id>.jpg."""
+
+    def decided(self) -> pd.DataFrame | None:
+        """id, group and split of every bin, where whoever published the root has decided them."""
 
     def ids(self) -> list[str]:
         """Every id with a photo or a record, sorted."""
@@ -40,29 +52,44 @@ class Source(Protocol):
 class FolderSource:
     """A folder with `bin-images/<id>.jpg` and `metadata/<id>.json`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, folder: Path, root: str | None = None) -> None:
         """Look the folder over once.
+
+        Args:
+            folder: with the bins.
+            root: what the folder is a copy of, if it is one.
 
         Raises:
             StocktakeError: the folder or both of its parts are missing, or nothing is in them.
         """
-        self._folder = root
+        self._folder = folder
+        self._root = root or str(folder)
         try:
-            if not root.is_dir():
-                raise StocktakeError(f"--root {root} is not a folder: give one that holds bin-images/ and metadata/")
-            self._photos = dict(_stamps(root / "bin-images", ".jpg"))
-            self._records = dict(_stamps(root / "metadata", ".json"))
+            if not folder.is_dir():
+                raise StocktakeError(f"--root {folder} is not a folder: give one that holds bin-images/ and metadata/")
+            self._photos = dict(_stamps(folder / "bin-images", ".jpg"))
+            self._records = dict(_stamps(folder / "metadata", ".json"))
         except OSError as error:
-            raise StocktakeError(f"--root {root} cannot be read: {error}") from None
+            raise StocktakeError(f"--root {folder} cannot be read: {error}") from None
         if not self._photos and not self._records:
             raise StocktakeError(
-                f"--root {root} holds no bins: photos belong in bin-images/<id>.jpg, records in metadata/<id>.json"
+                f"--root {self._root} holds no bins: photos belong in bin-images/<id>.jpg, "
+                "records in metadata/<id>.json"
             )
 
     @property
     def root(self) -> str:
+        """The root as a user would write it."""
+        return self._root
+
+    @property
+    def folder(self) -> Path:
         """The folder."""
-        return str(self._folder)
+        return self._folder
+
+    def decided(self) -> pd.DataFrame | None:
+        """Nobody has decided splits."""
+        return None
 
     def ids(self) -> list[str]:
         """Every id with a photo or a record, sorted."""
@@ -84,7 +111,7 @@ class FolderSource:
 def open_source(root: str) -> Source:
     """The source behind a root."""
     if "://" in root:
-        raise StocktakeError(f"--root {root}: only folders can be read so far; copy the bins to a folder first")
+        raise StocktakeError(f"--root {root}: only folders and s3:// can be read; copy the bins to a folder first")
     return FolderSource(Path(root))
 
 
@@ -104,12 +131,17 @@ def read_id_list(path: Path) -> list[str]:
     if not all(isinstance(entries, list) and all(isinstance(e, str) for e in entries) for entries in classes):
         raise StocktakeError(f'--list {path} must look like {{"1": ["data/metadata/100313.json", ...], ...}}')
     entries = [Path(entry) for entries in classes for entry in entries]
-    strange = next((str(entry) for entry in entries if not _ID.fullmatch(entry.stem) or ".." in entry.parts), None)
+    strange = next((str(entry) for entry in entries if not ID.fullmatch(entry.stem) or ".." in entry.parts), None)
     if strange is not None:
         raise StocktakeError(f"--list {path} holds {strange!r}, which is no id of a bin")
     if not entries:
         raise StocktakeError(f"--list {path} names no bin")
     return sorted({entry.stem for entry in entries})
+
+
+def in_order(ids: Iterable[str]) -> list[str]:
+    """Ids as a bucket lists them: by the name of the file, in which a dot follows the id."""
+    return sorted(ids, key=lambda bin_id: f"{bin_id}.")
 
 
 def source_key(root: str) -> str:
@@ -131,6 +163,6 @@ def _stamps(folder: Path, suffix: str) -> Iterator[tuple[str, str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             stem = entry.name.removesuffix(suffix)
-            if stem != entry.name and _ID.fullmatch(stem) and entry.is_file():
+            if stem != entry.name and ID.fullmatch(stem) and entry.is_file():
                 stat = entry.stat()
                 yield stem, f"{stat.st_size}:{stat.st_mtime_ns}"

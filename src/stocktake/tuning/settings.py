@@ -15,7 +15,9 @@ from stocktake.errors import StocktakeError
 Config = TypeVar("Config")
 Scalar: TypeAlias = bool | int | float | str | None
 
-FIXED = frozenset({"root", "list", "workspace", "tracking", "split", "task", "synthetic", "resume", "seed"})
+FIXED = frozenset(
+    {"root", "list", "limit", "s3", "workspace", "tracking", "split", "task", "synthetic", "resume", "seed"}
+)
 """Settings that say what the data and the run are: with them varied, trials could not be compared."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stocktake.bins.manifest import Manifest, build_manifest
+from stocktake.bins.s3_source import S3Address
 from stocktake.bins.splits import SPLITS
 from stocktake.config import DataConfig
 from stocktake.errors import StocktakeError
@@ -22,6 +23,10 @@ def data(config: DataConfig) -> dict[str, float]:
     Returns:
         Counts: bins, set_aside, outside, and one a split.
     """
+    if config.plan:
+        return _tell_plan(config)
+    if config.publish is not None:
+        S3Address.parse(config.publish, "--publish")  # a wrong one is told before the work
     manifest = build_manifest(config)
     counts = manifest.counts()
     table = counts.assign(all=counts.sum(axis=1))
@@ -45,15 +50,52 @@ def data(config: DataConfig) -> dict[str, float]:
             print(f"  {file or bin_id}: {reason}")
         if len(manifest.set_aside) > _SHOWN:
             print(f"  ... and {len(manifest.set_aside) - _SHOWN} more")
+    if manifest.source.decided() is not None:
+        print("splits are the publisher's, whatever --split says")
     print(f"manifest: {manifest.folder / 'manifest.parquet'} (data fingerprint {manifest.fingerprint})")
     if config.export:
         export_image_folder(manifest, Path(config.export))
         print(f"ImageFolder tree: {config.export}")
+    if config.publish is not None:
+        _publish(manifest, config, config.publish)
     return {
         "bins": float(len(manifest.bins)),
         "set_aside": float(len(manifest.set_aside)),
         "outside": float(manifest.outside),
         **{str(split): float(n) for split, n in counts.sum().items()},
+    }
+
+
+def _publish(manifest: Manifest, config: DataConfig, address: str) -> None:
+    from stocktake.bins.s3_source import Bucket
+    from stocktake.bins.shards import publish
+
+    place = S3Address.parse(address, "--publish")
+    if str(place) == manifest.source.root:
+        raise StocktakeError(f"--publish {address} is the root itself: give another prefix")
+    index, sent = publish(manifest, Bucket(place, config.s3, "--publish"), config)
+    size = sum(shard.bytes for shard in index.shards) / 1e6
+    print(f"published: {address}, {len(index.shards)} shards ({size:.1f} MB), of which {sent} had to be sent")
+
+
+def _tell_plan(config: DataConfig) -> dict[str, float]:
+    from stocktake.bins.ingest_plan import PRICES_OF, make_plan
+
+    plan = make_plan(config)
+    payer = "paid by the bucket's owner" if plan.is_free else f"at the list prices of {PRICES_OF}"
+    print(f"all of {config.root}{f' that {config.list} names' if config.list else ''}:")
+    print(
+        f"  {plan.objects} objects, {plan.bins} bins, {plan.bytes / 1e9:.2f} GB; {plan.disk_bytes / 1e9:.2f} GB on disk"
+    )
+    print(f"  {plan.hours:.2f} hours, at {plan.rate:.0f} objects a second as just measured")
+    print(f"  ${plan.requests_dollars:.2f} for requests, ${plan.egress_dollars:.2f} out to the internet, {payer}")
+    print(f"  {plan.manifest_bytes / 1e6:.0f} MB of memory for the manifest")
+    return {
+        "objects": float(plan.objects),
+        "bytes": plan.bytes,
+        "hours": plan.hours,
+        "dollars": plan.requests_dollars + plan.egress_dollars,
+        "manifest_mb": plan.manifest_bytes / 1e6,
     }
 
 
@@ -82,7 +124,7 @@ def export_image_folder(manifest: Manifest, folder: Path) -> None:
             parent.mkdir(parents=True, exist_ok=True)
         with progress("exporting", len(wanted)) as advance:
             for path, bin_id in wanted.items():
-                _place(Path(manifest.source.root) / "bin-images" / f"{bin_id}.jpg", path)
+                _place(manifest.source.folder / "bin-images" / f"{bin_id}.jpg", path)
                 advance(1)
     except OSError as error:
         raise StocktakeError(f"--export {folder} cannot be written: {error.strerror} ({error.filename})") from None

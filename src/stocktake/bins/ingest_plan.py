@@ -1,0 +1,87 @@
+"""What fetching a whole bucket takes, before anybody begins: listed, sampled and measured, not guessed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from stocktake.bins.ingest import Mirror
+from stocktake.bins.listing import numbers
+from stocktake.bins.s3_source import PUBLIC, S3Address
+from stocktake.bins.source import PHOTOS, RECORDS, in_order, read_id_list
+from stocktake.config import BinsConfig
+
+PRICES_OF = "January 2025"
+"""Amazon's list prices for S3 Standard in us-east-1, in dollars, without taxes and free tiers. Edit with the date."""
+DOLLARS_PER_1000_GETS = 0.0004
+DOLLARS_PER_1000_LISTS = 0.005
+DOLLARS_PER_GB_OUT = 0.09
+"""To the internet; within the region it costs nothing."""
+_PAGE = 1000
+_SAMPLE = 300
+"""Bins that are fetched to measure by; they stay in the copy."""
+MANIFEST_BYTES_PER_BIN = 700
+"""Of memory, measured on 535,234 synthetic bins (tests/benchmarks/ingest.py), rounded up."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole root, or the ids of --list."""
+
+    bins: int
+    objects: int
+    bytes: float
+    """Exact where the bucket was listed; of --list, from the sample."""
+    rate: float
+    """Objects a second, as measured from here, now."""
+    hours: float
+    """At that rate; never faster than the sample's bytes a second allow."""
+    requests_dollars: float
+    egress_dollars: float
+    is_free: bool
+    """The bucket's owner pays."""
+    disk_bytes: float
+    manifest_bytes: float
+
+
+def make_plan(config: BinsConfig) -> Plan:
+    """List the bucket (remembered), fetch a sample, and reckon.
+
+    Raises:
+        StocktakeError: the root is no address, or cannot be read.
+    """
+    mirror = Mirror(S3Address.parse(config.root or ""), config)
+    with mirror.lock:
+        mirror.open()
+        if config.list:
+            ids = in_order(read_id_list(Path(config.list)))
+            bins, objects, known, pages = len(ids), 2 * len(ids), None, 0
+            sample = ids[:: max(1, len(ids) // _SAMPLE)][:_SAMPLE]
+        else:
+            listings = [mirror.listing(place) for place in (PHOTOS, RECORDS)]
+            counted = [numbers(one) for one in listings]
+            bins, objects = counted[0][0], counted[0][0] + counted[1][0]
+            known = float(counted[0][1] + counted[1][1])
+            pages = sum(-(-n // _PAGE) for n, _ in counted)
+            every = max(1, bins // _SAMPLE)
+            sample = [bin_id for row, (bin_id, _) in enumerate(listings[0]) if row % every == 0][:_SAMPLE]
+        keys = [f"{before}{bin_id}{after}" for bin_id in sample for before, after in (RECORDS, PHOTOS)]
+        began = time.monotonic()
+        mirror.fetch(lambda: keys, "fetching a sample")
+        seconds = time.monotonic() - began
+    kept = [path.stat().st_size for key in keys if (path := mirror.folder / key).exists()]
+    size = known if known is not None else mirror.bytes / max(1, mirror.fetched) * objects
+    rate = mirror.fetched / seconds if mirror.fetched else float("nan")
+    return Plan(
+        bins=bins,
+        objects=objects,
+        bytes=size,
+        rate=rate,
+        hours=objects / rate / 3600,
+        requests_dollars=(objects * DOLLARS_PER_1000_GETS + pages * DOLLARS_PER_1000_LISTS) / 1000,
+        egress_dollars=size / 1e9 * DOLLARS_PER_GB_OUT,
+        is_free=mirror.address.bucket in PUBLIC,
+        disk_bytes=sum(kept) / max(1, len(kept)) * objects,
+        manifest_bytes=bins * MANIFEST_BYTES_PER_BIN,
+    )
