@@ -18,7 +18,7 @@ from moto.sagemaker.responses import SageMakerResponse
 
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
-from stocktake.rehearsal import checks, training_jobs
+from stocktake.rehearsal import checks, endpoints, invocations, training_jobs
 from stocktake.rehearsal.containers import ACCESS_KEY, Machine, can_confine
 
 HOST = "127.0.0.1"
@@ -124,7 +124,9 @@ def sweep(folder: Path) -> None:
 
 def _install(machine: Machine) -> None:
     """Put this package's operations in the place of moto's, and the service model's limits before all of them."""
-    ours = training_jobs.operations(machine)
+    endpoints.install(machine)
+    invocations.install()
+    ours = training_jobs.operations(machine) | endpoints.operations()
     inherited = set(dir(BaseResponse))
     names = [name for name in vars(SageMakerResponse) if name not in inherited and not name.startswith("_")]
     for name in {*names, *ours}:
