@@ -75,10 +75,11 @@ def read_parameters(
     files = {}
     for name in _FILES:
         path = project / str(getattr(config, name, None) or "")
-        if path.is_file():
-            files[path.name] = path
-            given[name] = f"{CHANNEL}files/{path.name}"
-        elif name == "list" and getattr(config, name, None):
+        with contextlib.suppress(OSError):  # such as a name that no file can have
+            if path.is_file():
+                files[path.name] = path
+                given[name] = f"{CHANNEL}files/{path.name}"
+        if name == "list" and config.list and path.name not in files:
             raise StocktakeError(f"--list {config.list} cannot be read: there is no such file in {project}")
     return Parameters(command, {COMMAND: command, **given}, config.root, project / config.workspace, files)
 
