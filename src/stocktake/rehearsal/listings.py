@@ -6,7 +6,7 @@ from typing import Any
 
 from moto.sagemaker.exceptions import ValidationError
 
-_SORTED_BY = {"CreationTime": "CreationTime", "Status": "{}Status", "Name": "{}Name"}
+_SORTED_BY = {"Status": "{}Status", "Name": "{}Name", "FinalObjectiveMetricValue": "Objective"}
 
 
 def page(rows: list[dict[str, Any]], request: dict[str, Any], result: str, kind: str) -> dict[str, Any]:
@@ -36,6 +36,8 @@ def page(rows: list[dict[str, Any]], request: dict[str, Any], result: str, kind:
 
 def _lies_within(row: dict[str, Any], request: dict[str, Any], moment: str) -> bool:
     after, before = request.get(f"{moment}After"), request.get(f"{moment}Before")
+    if after is None and before is None:
+        return True
     value = row[moment].replace(tzinfo=None)
     return (after is None or value > after.replace(tzinfo=None)) and (
         before is None or value < before.replace(tzinfo=None)

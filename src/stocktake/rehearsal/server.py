@@ -18,7 +18,7 @@ from moto.sagemaker.responses import SageMakerResponse
 
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
-from stocktake.rehearsal import checks, endpoints, invocations, training_jobs
+from stocktake.rehearsal import checks, endpoints, invocations, training_jobs, transform_jobs, tuning_jobs
 from stocktake.rehearsal.containers import ACCESS_KEY, Machine, can_confine
 
 HOST = "127.0.0.1"
@@ -127,6 +127,7 @@ def _install(machine: Machine) -> None:
     endpoints.install(machine)
     invocations.install()
     ours = training_jobs.operations(machine) | endpoints.operations()
+    ours |= transform_jobs.operations(machine) | tuning_jobs.operations(machine)
     inherited = set(dir(BaseResponse))
     names = [name for name in vars(SageMakerResponse) if name not in inherited and not name.startswith("_")]
     for name in {*names, *ours}:

@@ -275,19 +275,34 @@ class TrainingJob:
 
 
 def create_job(machine: Machine, backend: SageMakerModelBackend, request: dict[str, Any]) -> TrainingJob:
-    """Check a request as CreateTrainingJob does, and start the job.
+    """Check a request as CreateTrainingJob does, and make the job, which is still to be started.
 
     Raises:
         ValidationError, ResourceInUseException: AWS would refuse it.
+    """
+    name, jobs = request["TrainingJobName"], backend.training_jobs
+    arn = FakeTrainingJob.arn_formatter(name, backend.account_id, backend.region_name)
+    checks.check_new("Training job", name, cast("dict[str, Any]", jobs), arn)
+    check_job(backend, request)
+    try:
+        job = TrainingJob(machine, backend, request)
+    except re.error as error:
+        raise ValidationError(message=f"Invalid metric definition regular expression: {error}") from None
+    jobs[name] = cast("FakeTrainingJob", job)
+    return job
+
+
+def check_job(backend: SageMakerModelBackend, request: dict[str, Any]) -> None:
+    """What a training job needs, whether it is asked for alone or by a tuning job.
+
+    Raises:
+        ValidationError: AWS would refuse it.
     """
     checks.require(request, "AlgorithmSpecification", "ResourceConfig.InstanceType", "ResourceConfig.InstanceCount")
     checks.require(request, "ResourceConfig.VolumeSizeInGB", "StoppingCondition", "OutputDataConfig.S3OutputPath")
     specification = request["AlgorithmSpecification"]
     if ("TrainingImage" in specification) == ("AlgorithmName" in specification):
         raise ValidationError(message="You must specify either TrainingImage or AlgorithmName, and not both.")
-    name, jobs = request["TrainingJobName"], backend.training_jobs
-    arn = FakeTrainingJob.arn_formatter(name, backend.account_id, backend.region_name)
-    checks.check_new("Training job", name, cast("dict[str, Any]", jobs), arn)
     checks.check_role(backend, request["RoleArn"])
     checks.check_stopping(request["StoppingCondition"], request.get("EnableManagedSpotTraining", False))
     storage = Storage(backend)
@@ -296,12 +311,6 @@ def create_job(machine: Machine, backend: SageMakerModelBackend, request: dict[s
     local = (request.get("CheckpointConfig") or {}).get("LocalPath")
     if local is not None and not f"{local}/".startswith(f"{MODEL_FOLDER}/"):
         raise ValidationError(message=f"CheckpointConfig.LocalPath {local} must lie in {MODEL_FOLDER}")
-    try:
-        job = TrainingJob(machine, backend, request)
-    except re.error as error:
-        raise ValidationError(message=f"Invalid metric definition regular expression: {error}") from None
-    jobs[name] = cast("FakeTrainingJob", job)
-    return job
 
 
 def find_job(backend: SageMakerModelBackend, name: str) -> TrainingJob:

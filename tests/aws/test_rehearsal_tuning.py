@@ -1,0 +1,176 @@
+"""Tuning jobs on the local AWS: what they choose, how many run, failures, the best, warm and early stops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from rehearsal_process import ENDED, RehearsalProcess, eventually
+
+pytestmark = pytest.mark.aws
+
+SCORE = """
+import json, pathlib, sys, time
+given = json.loads(pathlib.Path("/opt/ml/input/config/hyperparameters.json").read_text())
+lr, depth = float(given["lr"]), int(given["depth"])
+if given["kind"] == "bad":
+    sys.exit("a bad kind")
+print(json.dumps(given))
+print(f"val_macro_f1={1 - (lr - 0.3) ** 2 - depth / 1000}", flush=True)
+time.sleep(float(given["seconds"]))
+"""
+
+
+def tune(rehearsal: RehearsalProcess, name: str, most: int = 4, width: int = 2, **changes: Any) -> None:
+    """Create a tuning job of SCORE."""
+    uri = rehearsal.put("scripts/score/main", SCORE)
+    ranges = {
+        "ContinuousParameterRanges": [{"Name": "lr", "MinValue": "0.01", "MaxValue": "1", "ScalingType": "Linear"}],
+        "IntegerParameterRanges": [{"Name": "depth", "MinValue": "1", "MaxValue": "8"}],
+        "CategoricalParameterRanges": [{"Name": "kind", "Values": changes.pop("kinds", ["good"])}],
+    }
+    config = {
+        "Strategy": "Random",
+        "HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": "val:f1"},
+        "ResourceLimits": {"MaxNumberOfTrainingJobs": most, "MaxParallelTrainingJobs": width},
+        "ParameterRanges": ranges,
+        "RandomSeed": 7,
+    }
+    definition = {
+        "StaticHyperParameters": {"seconds": str(changes.pop("seconds", 0)), "epochs": "2"},
+        "AlgorithmSpecification": {
+            "TrainingImage": "1.dkr.ecr/program:1",
+            "TrainingInputMode": "File",
+            "MetricDefinitions": [{"Name": "val:f1", "Regex": "val_macro_f1=([0-9.-]+)"}],
+        },
+        "RoleArn": rehearsal.role,
+        "InputDataConfig": [
+            {"ChannelName": "program", "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri}}}
+        ],
+        "OutputDataConfig": {"S3OutputPath": f"s3://{rehearsal.bucket}/tuned"},
+        "ResourceConfig": {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 10},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 600},
+    }
+    rehearsal.client("sagemaker").create_hyper_parameter_tuning_job(
+        HyperParameterTuningJobName=name,
+        HyperParameterTuningJobConfig=config | changes.pop("config", {}),
+        TrainingJobDefinition=definition | changes.pop("definition", {}),
+        **changes,
+    )
+
+
+def described(rehearsal: RehearsalProcess, name: str) -> dict[str, Any]:
+    answer: dict[str, Any] = rehearsal.client("sagemaker").describe_hyper_parameter_tuning_job(
+        HyperParameterTuningJobName=name
+    )
+    return answer
+
+
+def ended(rehearsal: RehearsalProcess, name: str) -> dict[str, Any]:
+    return eventually(lambda: (said := described(rehearsal, name))["HyperParameterTuningJobStatus"] in ENDED and said)
+
+
+def trials(rehearsal: RehearsalProcess, name: str, **how: Any) -> list[dict[str, Any]]:
+    listed = rehearsal.client("sagemaker").list_training_jobs_for_hyper_parameter_tuning_job(
+        HyperParameterTuningJobName=name, **how
+    )
+    return list(listed["TrainingJobSummaries"])
+
+
+def test_a_search_runs_two_at_a_time_and_names_the_best(rehearsal: RehearsalProcess) -> None:
+    # Of seed 7, some choices are bad and some good.
+    tune(rehearsal, "search", most=6, kinds=["good", "bad"], Tags=[{"Key": "stage", "Value": "tune"}])
+    said = ended(rehearsal, "search")
+    assert said["HyperParameterTuningJobStatus"] == "Completed", said
+    jobs = trials(rehearsal, "search", SortOrder="Ascending")
+    assert len(jobs) == 6
+    failed = [one for one in jobs if one["TrainingJobStatus"] == "Failed"]
+    assert 0 < len(failed) < 6
+    assert said["TrainingJobStatusCounters"]["Completed"] == 6 - len(failed)
+    assert said["TrainingJobStatusCounters"]["NonRetryableError"] == len(failed)
+    assert said["ObjectiveStatusCounters"] == {"Succeeded": 6 - len(failed), "Pending": 0, "Failed": len(failed)}
+    assert {one["TunedHyperParameters"]["kind"] for one in failed} == {"bad"}
+    assert failed[0]["FailureReason"] == "AlgorithmError: , exit code: 1"
+    assert all(one["TrainingJobName"].startswith(f"search-{n:03d}-") for n, one in enumerate(jobs, 1))
+
+    objective = "FinalHyperParameterTuningJobObjectiveMetric"
+    best = max((one for one in jobs if objective in one), key=lambda one: one[objective]["Value"])
+    assert said["BestTrainingJob"]["TrainingJobName"] == best["TrainingJobName"]
+    by_value = trials(rehearsal, "search", SortBy="FinalObjectiveMetricValue", SortOrder="Descending", MaxResults=1)
+    assert by_value[0]["TrainingJobName"] == best["TrainingJobName"]
+
+    job = rehearsal.job(best["TrainingJobName"])
+    assert job["TuningJobArn"] == said["HyperParameterTuningJobArn"]
+    assert job["HyperParameters"] == {
+        **best["TunedHyperParameters"],
+        "seconds": "0",
+        "epochs": "2",
+        "_tuning_objective_metric": "val:f1",
+    }
+    assert 0.01 <= float(job["HyperParameters"]["lr"]) <= 1
+    assert int(job["HyperParameters"]["depth"]) in range(1, 9)
+    events = [(one["TrainingStartTime"], 1) for one in jobs] + [(one["TrainingEndTime"], -1) for one in jobs]
+    running = most_at_once = 0
+    for _, step in sorted(events):
+        running += step
+        most_at_once = max(most_at_once, running)
+    assert most_at_once <= 2
+
+    # A search that starts from this one's results, with the Bayesian strategy.
+    warm = {
+        "WarmStartType": "IdenticalDataAndAlgorithm",
+        "ParentHyperParameterTuningJobs": [{"HyperParameterTuningJobName": "search"}],
+    }
+    tune(rehearsal, "warm", most=2, kinds=["good", "bad"], config={"Strategy": "Bayesian"}, WarmStartConfig=warm)
+    assert ended(rehearsal, "warm")["WarmStartConfig"] == warm
+    names = {
+        one["HyperParameterTuningJobName"]
+        for one in rehearsal.client("sagemaker").list_hyper_parameter_tuning_jobs(StatusEquals="Completed")[
+            "HyperParameterTuningJobSummaries"
+        ]
+    }
+    assert "search" in names
+
+
+def test_a_stopped_search_stops_its_jobs(rehearsal: RehearsalProcess) -> None:
+    tune(rehearsal, "halted", most=8, seconds=600)
+    eventually(lambda: [one["TrainingJobStatus"] for one in trials(rehearsal, "halted")] == ["InProgress"] * 2)
+    rehearsal.client("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName="halted")
+    said = ended(rehearsal, "halted")
+    assert said["HyperParameterTuningJobStatus"] == "Stopped"
+    assert said["TrainingJobStatusCounters"]["Stopped"] == 2
+    assert len(trials(rehearsal, "halted")) == 2
+
+
+def test_a_search_whose_jobs_all_fail_has_failed(rehearsal: RehearsalProcess) -> None:
+    tune(rehearsal, "hopeless", most=2, kinds=["bad"])
+    said = ended(rehearsal, "hopeless")
+    assert said["HyperParameterTuningJobStatus"] == "Failed"
+    assert said["FailureReason"].startswith("All training jobs failed")
+    assert "BestTrainingJob" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"definition": {"RoleArn": "arn:aws:iam::123456789012:role/nobody"}}, "Could not assume role"),
+        ({"definition": {"StaticHyperParameters": {"lr": "1"}}}, "must be disjoint: lr"),
+        ({"config": {"Strategy": "Guess"}}, "enum value set"),
+        (
+            {"config": {"HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": "loss"}}},
+            "Provide loss in the metric definitions",
+        ),
+    ],
+)
+def test_what_aws_refuses(rehearsal: RehearsalProcess, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ClientError, match=said):
+        tune(rehearsal, "refused", **changes)
+    with pytest.raises(ClientError, match="ResourceNotFound"):
+        described(rehearsal, "refused")
+
+
+def test_a_long_name_is_refused(rehearsal: RehearsalProcess) -> None:
+    with pytest.raises(ClientError, match="length less than or equal to 32"):
+        tune(rehearsal, "s" * 33)
