@@ -12,9 +12,11 @@ from stocktake.evaluation.calibration import tempered
 from stocktake.models.export import export_model
 from stocktake.models.inference import predict
 from stocktake.models.majority import fit_majority
+from stocktake.models.network import create_network
 from stocktake.serving.counter import Counter
 from stocktake.serving.export_check import check_export
-from tiny_bins import tiny_model
+from stocktake.serving.pyfunc import save_pyfunc
+from tiny_bins import PLAIN_BACKBONE, draw_bin, tiny_model
 
 
 class Exported:
@@ -67,6 +69,26 @@ def test_a_small_difference_of_many_probabilities_is_refused_too(few_bins, tmp_p
     exported = Exported("pca_svm", few_bins, tmp_path)
     with pytest.raises(StocktakeError, match=r"differs by 0\.\d+ from the checkpoint's \(tolerance 0\.001\)"):
         exported.check(tempered(exported.expected, 1.1))
+
+
+def test_a_graph_that_one_engine_cannot_load_is_served_by_the_other(few_bins, tmp_path: Path) -> None:
+    """OpenVINO refuses a pooling window larger than what is left of 24 pixels by then."""
+    exported = Exported("pca_svm", few_bins, tmp_path / "counter")
+    model = create_network(few_bins.manifest.labels, 24, PLAIN_BACKBONE, "none", seed=0).eval()
+    export_model(model, exported.folder)
+    exported.prepared = np.ascontiguousarray(exported.prepared[:, :24, :24])
+    with torch.inference_mode():
+        expected = torch.softmax(model(torch.from_numpy(exported.prepared)).double(), 1).numpy()
+    (check,) = exported.check(expected)
+    assert check.engine.startswith("onnxruntime")
+    described = exported.described()
+    assert (described["engine"], described["check"]["passed"]) == ("onnxruntime", True)
+    assert "openvino can load" in described["check"]["unusable"]["openvino"]
+    assert Counter(exported.folder).engine.startswith("onnxruntime")
+    saved = save_pyfunc(exported.folder, tmp_path / "model", draw_bin(1, 0))
+    required = (saved / "requirements.txt").read_text()
+    assert "onnxruntime==" in required
+    assert "openvino" not in required
 
 
 def test_a_tie_is_named_and_is_no_refusal(few_bins, tmp_path: Path) -> None:

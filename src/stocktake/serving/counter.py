@@ -64,7 +64,7 @@ class Counter:
             folder: as written by the export, or an MLflow model folder that holds it.
             threads: of one forward pass. One by default: with more, passes stall as soon as the machine is shared.
             version: what answers bear as model_version. Default: the first 12 digits of the files' SHA-256.
-            engine: what computes. Default: the first that is installed.
+            engine: what computes. Default: the one that counter.json asks for, else the first that is installed.
             precision: of OpenVINO; bf16 where the processor can. Default: what the export found to be good enough.
 
         Raises:
@@ -86,15 +86,21 @@ class Counter:
             raise StocktakeError(f"{folder} holds no exported model: {error}") from None
         self.description: dict[str, Any] = description
         self.version = version or hashlib.sha256(text + graph).hexdigest()[:12]
-        chosen = engine or next((name for name in ENGINES if find_spec(name)), None)
+        only: Engine | None = description.get("engine")
+        chosen = engine or only or next((name for name in ENGINES if find_spec(name)), None)
+        if chosen == only and only and not find_spec(only):
+            raise StocktakeError(f"the model in {folder} needs {only}, which is not installed: pip install {only}")
         if chosen is None:
             raise StocktakeError("neither openvino nor onnxruntime is installed: pip install 'stocktake[serving]'")
         try:
             load = _openvino if chosen == "openvino" else _onnxruntime
             self._forward, classes, self.engine = load(graph, threads, precision or description.get("precision", "f32"))
         except Exception as error:  # the engines' errors have no class in common
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise StocktakeError(f"{folder} holds no exported model: counter.onnx is damaged ({reason})") from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise StocktakeError(
+                f"{folder} holds no exported model that {chosen} can load: counter.onnx is damaged, or has an operator "
+                f"that it lacks ({reason[:300]})"
+            ) from None
         if classes != len(self.labels):
             raise StocktakeError(
                 f"{folder} holds no exported model: counter.json has {len(self.labels)} labels, counter.onnx {classes}"

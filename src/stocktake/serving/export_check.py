@@ -46,7 +46,8 @@ def check_export(
 ) -> list[EngineCheck]:
     """Hold an export to the probabilities of its checkpoint, with every engine that is installed.
 
-    Writes into counter.json what was found as `check`, and as `precision` bf16 if OpenVINO may compute with it.
+    Writes into counter.json what was found as `check`, as `precision` bf16 if OpenVINO may compute with it, and as
+    `engine` the only one that can load the graph, where another cannot.
 
     Args:
         folder: as written by the export.
@@ -55,30 +56,40 @@ def check_export(
         expected: (n, K) calibrated probabilities of the checkpoint.
 
     Raises:
-        StocktakeError: an engine answers otherwise in f32. counter.json says then that the check was not passed.
+        StocktakeError: an engine answers otherwise in f32, or none can load it. counter.json says then that the check
+            was not passed.
     """
-    installed = [engine for engine in ENGINES if find_spec(engine)]
-    checks = [_compare(folder, engine, "f32", ids, prepared, expected) for engine in installed]
-    passed = all(check.passed for check in checks)
+    checks, unusable = {}, {}
+    for engine in filter(find_spec, ENGINES):
+        try:
+            checks[engine] = _compare(folder, engine, "f32", ids, prepared, expected)
+        except StocktakeError as error:
+            unusable[engine] = str(error).removeprefix(f"{folder} ")
+    if not checks:
+        raise StocktakeError(f"the export is refused: {' '.join(unusable.values()) or 'no engine is installed'}")
+    found = [*checks.values()]
+    passed = all(check.passed for check in found)
     precision: Precision = "f32"
-    if "openvino" in installed:
+    if "openvino" in checks:
         fast = _compare(folder, "openvino", "bf16", ids, prepared, expected)
         if fast.engine.endswith("bf16"):  # else the processor cannot, and it was f32 again
-            checks.append(fast)
+            found.append(fast)
             precision = "bf16" if fast.passed else "f32"
     path = folder / "counter.json"
-    description = json.loads(path.read_text())
-    described = {check.engine: {**asdict(check), "passed": check.passed} for check in checks}
-    description |= {"precision": precision, "check": {"passed": passed, "photos": len(ids), "engines": described}}
-    path.write_text(json.dumps(description, indent=2))
+    described = {check.engine: {**asdict(check), "passed": check.passed} for check in found}
+    check = {"passed": passed, "photos": len(ids), "engines": described, "unusable": unusable}
+    only = {"engine": next(iter(checks))} if unusable else {}
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"precision": precision, **only, "check": check}, indent=2)
+    )
     if not passed:
-        worst = next(check for check in checks if not check.passed)
+        worst = next(check for check in found if not check.passed)
         named = f"; other quantities for {', '.join(worst.wrong[:5])}" if worst.wrong else ""
         raise StocktakeError(
             f"the export is refused: with {worst.engine} a probability differs by {worst.largest_difference:.2g} from "
             f"the checkpoint's (tolerance {worst.tolerance:g}){named}; the checkpoint is kept"
         )
-    return checks
+    return found
 
 
 def _compare(

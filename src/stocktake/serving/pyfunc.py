@@ -5,6 +5,7 @@ Logged "from code": this file is the model's code, the exported folder is its on
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from importlib.metadata import version as installed_version
@@ -19,11 +20,12 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
-from stocktake.serving.counter import Counter
+from stocktake.serving.counter import ENGINES, Counter
 
 COLUMN = "photo"
-REQUIREMENTS = ("mlflow-skinny", "numpy", "openvino", "pandas", "pillow")
-"""What the model is loaded with: a part of the package's extra `serving`, in the versions it was saved with."""
+REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow")
+"""What the model is loaded with, besides its engine: a part of the package's extra `serving`, in the versions that it was
+saved with."""
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, COLUMN)]),
     outputs=Schema(
@@ -71,6 +73,7 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
         destination: the model folder to write; must not exist.
         example: bytes of a photo, for the input example.
     """
+    engine = json.loads((exported / "counter.json").read_text()).get("engine") or ENGINES[0]
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for talkative in ("mlflow.utils.environment", "mlflow.pyfunc"):  # one misses pip in an environment of uv's
         logging.getLogger(talkative).setLevel(logging.ERROR)
@@ -79,7 +82,7 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
         python_model=__file__,
         artifacts={"counter": str(exported)},
         code_paths=[str(Path(__file__).parents[1])],
-        pip_requirements=[f"{name}=={installed_version(name)}" for name in REQUIREMENTS],
+        pip_requirements=[f"{name}=={installed_version(name)}" for name in (engine, *REQUIREMENTS)],
         signature=SIGNATURE,
         input_example=pd.DataFrame({COLUMN: [example]}),
     )
