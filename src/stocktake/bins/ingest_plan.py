@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,8 @@ DOLLARS_PER_GB_OUT = 0.09
 _PAGE = 1000
 _SAMPLE = 300
 """Bins that are fetched to measure by; they stay in the copy."""
-MANIFEST_BYTES_PER_BIN = 700
-"""Of memory, measured on 535,234 synthetic bins (tests/benchmarks/ingest.py), rounded up."""
+MANIFEST_BYTES_PER_BIN, BUILDING_BYTES_PER_BIN = 520, 1600
+"""Of memory, of a manifest and while it is built; measured on 535,234 synthetic bins (tests/benchmarks/ingest.py)."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,21 @@ class Plan:
 
     bins: int
     objects: int
+    absent: int
+    """Bins of which the photo is not here yet."""
     bytes: float
     """Exact where the bucket was listed; of --list, from the sample."""
     rate: float
-    """Objects a second, as measured from here, now."""
+    """Objects a second, as measured from here, now; 0 when there was nothing left to fetch."""
     hours: float
-    """At that rate; never faster than the sample's bytes a second allow."""
+    """At that rate, for what is not here yet."""
     requests_dollars: float
     egress_dollars: float
     is_free: bool
     """The bucket's owner pays."""
     disk_bytes: float
     manifest_bytes: float
+    building_bytes: float
 
 
 def make_plan(config: BinsConfig) -> Plan:
@@ -55,33 +59,37 @@ def make_plan(config: BinsConfig) -> Plan:
     with mirror.lock:
         mirror.open()
         if config.list:
-            ids = in_order(read_id_list(Path(config.list)))
-            bins, objects, known, pages = len(ids), 2 * len(ids), None, 0
-            sample = ids[:: max(1, len(ids) // _SAMPLE)][:_SAMPLE]
+            ids: Iterable[tuple[str, int]] = [(bin_id, 0) for bin_id in in_order(read_id_list(Path(config.list)))]
+            bins = len(list(ids))
+            objects, known, pages = 2 * bins, None, 0
         else:
             listings = [mirror.listing(place) for place in (PHOTOS, RECORDS)]
             counted = [numbers(one) for one in listings]
-            bins, objects = counted[0][0], counted[0][0] + counted[1][0]
+            ids, bins, objects = listings[0], counted[0][0], counted[0][0] + counted[1][0]
             known = float(counted[0][1] + counted[1][1])
             pages = sum(-(-n // _PAGE) for n, _ in counted)
-            every = max(1, bins // _SAMPLE)
-            sample = [bin_id for row, (bin_id, _) in enumerate(listings[0]) if row % every == 0][:_SAMPLE]
+        absent = [bin_id for bin_id, _ in ids if not mirror.has(f"{PHOTOS[0]}{bin_id}{PHOTOS[1]}")]
+        here = [bin_id for bin_id, _ in ids] if not absent else absent
+        sample = here[:: max(1, len(here) // _SAMPLE)][:_SAMPLE]
         keys = [f"{before}{bin_id}{after}" for bin_id in sample for before, after in (RECORDS, PHOTOS)]
         began = time.monotonic()
         mirror.fetch(lambda: keys, "fetching a sample")
         seconds = time.monotonic() - began
     kept = [path.stat().st_size for key in keys if (path := mirror.folder / key).exists()]
-    size = known if known is not None else mirror.bytes / max(1, mirror.fetched) * objects
-    rate = mirror.fetched / seconds if mirror.fetched else float("nan")
+    mean = sum(kept) / max(1, len(kept))
+    size = known if known is not None else (mirror.bytes / mirror.fetched if mirror.fetched else mean) * objects
+    rate = mirror.fetched / seconds
     return Plan(
         bins=bins,
         objects=objects,
+        absent=len(absent),
         bytes=size,
         rate=rate,
-        hours=objects / rate / 3600,
+        hours=objects * len(absent) / max(1, bins) / rate / 3600 if rate else 0.0,
         requests_dollars=(objects * DOLLARS_PER_1000_GETS + pages * DOLLARS_PER_1000_LISTS) / 1000,
         egress_dollars=size / 1e9 * DOLLARS_PER_GB_OUT,
         is_free=mirror.address.bucket in PUBLIC,
-        disk_bytes=sum(kept) / max(1, len(kept)) * objects,
+        disk_bytes=mean * objects,
         manifest_bytes=bins * MANIFEST_BYTES_PER_BIN,
+        building_bytes=bins * BUILDING_BYTES_PER_BIN,
     )

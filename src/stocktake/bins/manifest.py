@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Manifest:
 
     bins: pd.DataFrame
     """A row a bin of the task, sorted by id: id, quantity, split, width, height (pixels, upright), bytes, hash (of
-    the photo's bytes), phash (16 hex digits), group, items (list), flags (list)."""
+    the photo's bytes), phash (16 hex digits), group, items, flags (tuples)."""
     set_aside: pd.DataFrame
     """A row a bin that cannot be used: id, file, reason."""
     outside: int
@@ -190,17 +191,20 @@ def _check_bins(source: Source, wanted: list[str] | None, memory: Path) -> pd.Da
     known = _read_memory(memory)
     same = known[known["id"].map(stamps) == known["stamp"]]
     new = sorted(stamps.keys() - set(same["id"]))
-    rows: list[dict[str, object]] = []
+    fresh: list[pd.DataFrame] = []
     with progress("checking bins", len(new)) as advance, ThreadPoolExecutor(_THREADS) as threads:
         for chunk in _chunks(new, _CHUNK):  # bounded: a chunk's photos at a time, not the root's
+            rows = []
             for row in threads.map(lambda bin_id: _check_bin(source, bin_id), chunk):
                 rows.append(row | {"stamp": stamps[str(row["id"])]})
                 advance(1)
-    fresh = pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
-    checked = pd.concat([same, fresh], ignore_index=True).sort_values("id", ignore_index=True) if rows else same
-    if rows:
+            fresh.append(pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS))
+    checked = pd.concat([same, *fresh], ignore_index=True).sort_values("id", ignore_index=True) if fresh else same
+    if fresh:
         elsewhere = known[~known["id"].isin(stamps)]
-        _write(pd.concat([elsewhere, checked], ignore_index=True).sort_values("id", ignore_index=True), memory)
+        del known, same, fresh
+        table = pd.concat([elsewhere, checked]).sort_values("id", ignore_index=True) if len(elsewhere) else checked
+        _write(table, memory)
     unknown = sorted(set(wanted or ()) - set(present))
     missing = pd.DataFrame({"id": unknown, "file": "", "reason": "named by --list, but not in the root"})
     absent = missing.reindex(columns=list(_COLUMNS)).fillna({"width": 0, "height": 0, "bytes": 0})
@@ -212,11 +216,11 @@ def _check_bin(source: Source, bin_id: str) -> dict[str, object]:
     import imagehash
 
     row: dict[str, object] = dict.fromkeys(_COLUMNS, "") | {"id": bin_id, "width": 0, "height": 0, "bytes": 0}
-    row |= {"quantity": None, "items": [], "flags": []}
+    row |= {"quantity": None, "items": (), "flags": ()}
     file = f"metadata/{bin_id}.json"
     try:
         record = parse_record(source.record(bin_id))
-        row |= {"quantity": record.quantity, "items": list(record.items)}
+        row |= {"quantity": record.quantity, "items": _shared(record.items)}
         file = f"bin-images/{bin_id}.jpg"
         data = source.photo(bin_id)
         row["bytes"] = len(data)
@@ -232,7 +236,7 @@ def _check_bin(source: Source, bin_id: str) -> dict[str, object]:
         "height": photo.height,
         "hash": photo_key(data),
         "phash": str(imagehash.phash(photo)),
-        "flags": [*record.flags, *unusual],
+        "flags": _shared([*record.flags, *unusual]),
     }
 
 
@@ -242,9 +246,15 @@ def _read_memory(memory: Path) -> pd.DataFrame:
     if not memory.exists():
         return empty
     try:
-        return pd.read_parquet(memory)[list(_COLUMNS)].astype(_COLUMNS)
-    except (OSError, ValueError, KeyError):
+        known = pd.read_parquet(memory)[list(_COLUMNS)].astype(_COLUMNS)
+        return known.assign(items=known["items"].map(_shared), flags=known["flags"].map(_shared))
+    except (OSError, ValueError, KeyError, TypeError):
         return empty
+
+
+def _shared(names: Iterable[str]) -> tuple[str, ...]:
+    """One object for equal names: half a million bins hold their items and flags many times over."""
+    return tuple(map(sys.intern, names))
 
 
 def _fingerprint(bins: pd.DataFrame, labels: tuple[int, ...]) -> str:

@@ -87,9 +87,11 @@ def _tell_plan(config: DataConfig) -> dict[str, float]:
     print(
         f"  {plan.objects} objects, {plan.bins} bins, {plan.bytes / 1e9:.2f} GB; {plan.disk_bytes / 1e9:.2f} GB on disk"
     )
-    print(f"  {plan.hours:.2f} hours, at {plan.rate:.0f} objects a second as just measured")
+    measured = f", at {plan.rate:.0f} objects a second as just measured" if plan.rate else ""
+    print(f"  {plan.hours:.2f} hours for the {plan.absent} bins that are not here yet{measured}")
     print(f"  ${plan.requests_dollars:.2f} for requests, ${plan.egress_dollars:.2f} out to the internet, {payer}")
-    print(f"  {plan.manifest_bytes / 1e6:.0f} MB of memory for the manifest")
+    held, building = plan.manifest_bytes / 1e6, plan.building_bytes / 1e6
+    print(f"  {held:.0f} MB of memory for the manifest, {building:.0f} MB while it is built")
     return {
         "objects": float(plan.objects),
         "bytes": plan.bytes,
