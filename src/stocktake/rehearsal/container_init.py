@@ -15,7 +15,6 @@ import select
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,9 +60,7 @@ def main() -> NoReturn:
         if woken in ready:
             os.read(woken, 4096)
             code = _reap().get(program, code)
-    while left := _descendants():
-        for process in left:
-            _send(process, signal.SIGKILL)
+    while sum(_send(process, signal.SIGKILL) for process in _descendants()):
         _reap()
         time.sleep(0.002)
     os._exit(code)
@@ -161,9 +158,13 @@ def _descendants() -> list[int]:
     return found[1:]
 
 
-def _send(process: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
+def _send(process: int, number: signal.Signals) -> bool:
+    """Whether there was such a process, and it could be sent a signal."""
+    try:
         os.kill(process, number)
+    except (ProcessLookupError, PermissionError):  # gone, or a program of another user
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from stocktake.config import RehearseConfig
-from stocktake.rehearsal.server import BUCKET, Rehearsal
+from stocktake.errors import StocktakeError
 
 READY = "# ready"
 """The last line that is printed once everything answers."""
@@ -18,8 +18,16 @@ def rehearse(config: RehearseConfig) -> None:
     """Run until Ctrl-C or SIGTERM. What it prints can be given to a shell: `eval`, or saved and sourced.
 
     Raises:
-        StocktakeError: the port is in use, or the state folder cannot be written.
+        StocktakeError: the port is in use, the state folder cannot be written, or moto is not installed.
     """
+    try:
+        from stocktake.rehearsal.server import BUCKET, Rehearsal
+    except ModuleNotFoundError as error:
+        if (error.name or "stocktake").partition(".")[0] == "stocktake":
+            raise
+        raise StocktakeError(
+            f"rehearse needs {error.name}, which is not installed: pip install 'stocktake[aws,rehearsal]'"
+        ) from None
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

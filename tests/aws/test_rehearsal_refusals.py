@@ -1,0 +1,68 @@
+"""What the local AWS refuses of a training job, as AWS does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from rehearsal_process import RehearsalProcess
+
+pytestmark = pytest.mark.aws
+RESOURCES = {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"TrainingJobName": "under_score"}, "'trainingJobName' failed to satisfy constraint: .* pattern"),
+        ({"TrainingJobName": "n" * 64}, "'trainingJobName' .* length less than or equal to 63"),
+        ({"RoleArn": "arn:aws:iam::123456789012:user/someone"}, "'roleArn' .* pattern"),
+        ({"RoleArn": "arn:aws:iam::123456789012:role/nobody"}, "Could not assume role"),
+        ({"ResourceConfig": {**RESOURCES, "InstanceType": "ml.m5.tiny"}}, "'resourceConfig.instanceType' .* enum"),
+        ({"ResourceConfig": {"InstanceCount": 1, "VolumeSizeInGB": 1}}, "Value null at 'resourceConfig.instanceType'"),
+        ({"HyperParameters": {f"p{n}": "1" for n in range(101)}}, "'hyperParameters' .* less than or equal to 100"),
+        ({"HyperParameters": {"k" * 257: "1"}}, "'hyperParameters' .* length less than or equal to 256"),
+        ({"HyperParameters": {"key": "v" * 2501}}, "'hyperParameters.key.member' .* length less than or equal to 2500"),
+        ({"Environment": {"not a name": "1"}}, "'environment' .* pattern"),
+        ({"StoppingCondition": {"MaxRuntimeInSeconds": 9, "MaxWaitTimeInSeconds": 9}}, "MaxWaitTimeInSeconds"),
+        ({"EnableManagedSpotTraining": True}, "Invalid MaxWaitTimeInSeconds"),
+        ({"OutputDataConfig": {"S3OutputPath": "s3://no-such-bucket/out"}}, "bucket of s3://no-such-bucket/out"),
+        ({"AlgorithmSpecification": {"AlgorithmName": "also"}}, "either TrainingImage or AlgorithmName"),
+        ({"AlgorithmSpecification": {"MetricDefinitions": [{"Name": "m", "Regex": "("}]}}, "regular expression"),
+        ({"AlgorithmSpecification": {"ContainerArguments": ["a" * 257]}}, "containerArguments.* equal to 256"),
+        ({"CheckpointConfig": {"S3Uri": "s3://b/c", "LocalPath": "/opt/mlx"}}, "LocalPath"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
+)
+def test_a_training_job_is_refused(rehearsal: RehearsalProcess, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ClientError, match=said) as refused:
+        rehearsal.train("refused", "true", **changes)
+    assert refused.value.response["Error"]["Code"] == "ValidationException"
+    with pytest.raises(ClientError, match=r"not found|validation error"):
+        rehearsal.job(changes.get("TrainingJobName", "refused"))
+
+
+def test_missing_objects_and_duplicates_are_refused(rehearsal: RehearsalProcess) -> None:
+    for prefix in ("s3://no-such-bucket/a", f"s3://{rehearsal.bucket}/no-such-prefix"):
+        source = {"S3DataType": "S3Prefix", "S3Uri": prefix}
+        channel = {"ChannelName": "train", "DataSource": {"S3DataSource": source}}
+        with pytest.raises(ClientError, match=f'No S3 objects found under S3 URL "{prefix}"'):
+            rehearsal.train("no-objects", "true", InputDataConfig=[channel])
+    uri = rehearsal.put("once/a", "a")
+    channel = {"ChannelName": "program", "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri}}}
+    with pytest.raises(ClientError, match="program is there more than once"):
+        rehearsal.train("two-channels", "true", InputDataConfig=[channel])
+    rehearsal.train("once", "true")
+    with pytest.raises(ClientError, match="must be unique") as refused:
+        rehearsal.train("once", "true")
+    assert refused.value.response["Error"]["Code"] == "ResourceInUse"
+    rehearsal.ended("once")
+
+
+def test_jobs_that_are_not_there(rehearsal: RehearsalProcess) -> None:
+    sagemaker = rehearsal.client("sagemaker")
+    for operation in (sagemaker.describe_training_job, sagemaker.stop_training_job):
+        with pytest.raises(ClientError, match="not found"):
+            operation(TrainingJobName="nobody")
