@@ -2,8 +2,8 @@
 
     python tests/s3_server.py FOLDER [--bucket bins] [--faults '[{"key": "^bin-images/", "do": "503", "times": 2}]']
 
-Prints its port. A fault's `do` is one of 403, 503, reset, truncate, corrupt, stale_etag, slow or hang; it applies to the
-first `times` requests of each key that its `key` (a regular expression) is found in. GET /_seen tells the requests.
+Prints its port. A fault's `do` is one of 403, 503, reset, truncate, corrupt, stale_etag, slow or hang; it applies to
+the first `times` requests of each key that its `key` (a regular expression) is found in. GET /_seen tells the requests.
 """
 
 from __future__ import annotations
@@ -206,12 +206,19 @@ class Server:
 
 @contextmanager
 def serve(
-    folder: Path, bucket: str = "bins", faults: list[dict[str, Any]] | None = None, page: int = _PAGE, delay: float = 0
+    folder: Path,
+    bucket: str = "bins",
+    faults: list[dict[str, Any]] | None = None,
+    page: int = _PAGE,
+    delay: float = 0,
+    port: int = 0,
 ) -> Iterator[Server]:
     """A StaticS3 over the folder in a process of its own, until the block ends."""
     words = [str(folder), "--bucket", bucket, "--faults", json.dumps(faults or []), "--page", str(page)]
     process = subprocess.Popen(
-        [sys.executable, __file__, *words, "--delay", str(delay)], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, *words, "--delay", str(delay), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from s3_server import serve
 
+from s3_server import serve
 from stocktake.bins.s3_source import Bucket, RefusedError, S3Address, UnreachableError, utc
 from stocktake.config import S3Config
 from stocktake.errors import StocktakeError
@@ -44,7 +44,7 @@ def test_an_address_is_a_bucket_and_a_prefix(text: str, bucket: str, prefix: str
 
 @pytest.mark.parametrize("text", ["s3://", "s3:///x", "s3://Bad_Name", "gs://bins", "bins", "s3://bins/../x", "s3://a"])
 def test_what_is_no_address_is_named(text: str) -> None:
-    with pytest.raises(StocktakeError, match="--publish .* is no address of a bucket: write s3://bucket"):
+    with pytest.raises(StocktakeError, match=r"--publish .* is no address of a bucket: write s3://bucket"):
         S3Address.parse(text, "--publish")
 
 

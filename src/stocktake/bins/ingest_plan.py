@@ -69,7 +69,7 @@ def make_plan(config: BinsConfig) -> Plan:
             known = float(counted[0][1] + counted[1][1])
             pages = sum(-(-n // _PAGE) for n, _ in counted)
         absent = [bin_id for bin_id, _ in ids if not mirror.has(f"{PHOTOS[0]}{bin_id}{PHOTOS[1]}")]
-        here = [bin_id for bin_id, _ in ids] if not absent else absent
+        here = absent or [bin_id for bin_id, _ in ids]
         sample = here[:: max(1, len(here) // _SAMPLE)][:_SAMPLE]
         keys = [f"{before}{bin_id}{after}" for bin_id in sample for before, after in (RECORDS, PHOTOS)]
         began = time.monotonic()

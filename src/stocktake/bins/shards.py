@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 INDEX, MANIFEST = "index.json", "manifest.parquet"
 _FORMAT = 1
+_BYTES_PER_MB = 1_000_000
 _LARGEST_SHARD = 4_000_000_000
 _AT_A_TIME = 2
 """Shards in memory at a time."""
@@ -84,7 +85,7 @@ class Index:
             shards = tuple(Shard(**one) for one in content.pop("shards"))
             index = cls(**content, shards=shards)
             names = {f"{one.split}/{one.split}-" for one in shards}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StocktakeError(f"--root {place}: {INDEX} is none of a published set ({error!r})") from None
         if strange := names - {f"{split}/{split}-" for split in SPLITS}:
             raise StocktakeError(f"--root {place}: {INDEX} names a shard {min(strange)!r}, which is of no split")
@@ -159,7 +160,7 @@ def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[Ind
     Raises:
         StocktakeError: the bucket cannot be written.
     """
-    most = config.shard_mb * 1_000_000
+    most = config.shard_mb * _BYTES_PER_MB
     plans: list[tuple[Split, str, list[str]]] = []
     for split in SPLITS:
         rows = manifest.split(split)
