@@ -45,6 +45,7 @@ def test_help_of_a_command_tells_its_options_and_examples(name: str, stocktake: 
     for example in COMMANDS[name].examples:
         assert f"\n  {example}\n" in f"{ended.out}\n"
     options = ("--model MODEL", "--workspace WORKSPACE", "--root ROOT", "--study STUDY", "--model_name MODEL_NAME")
+    options += ("--region REGION", "--base BASE")
     assert any(option in ended.out for option in options)
 
 

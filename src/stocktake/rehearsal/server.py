@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from moto.core.common_types import TYPE_RESPONSE
 from moto.core.responses import ActionResult, BaseResponse
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 from moto.sagemaker.responses import SageMakerResponse
 
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
-from stocktake.rehearsal import checks, endpoints, invocations, training_jobs, transform_jobs, tuning_jobs
+from stocktake.rehearsal import checks, endpoints, invocations, permissions, training_jobs, transform_jobs, tuning_jobs
 from stocktake.rehearsal.containers import ACCESS_KEY, Machine, can_confine
 
 HOST = "127.0.0.1"
@@ -126,6 +127,7 @@ def _install(machine: Machine) -> None:
     """Put this package's operations in the place of moto's, and the service model's limits before all of them."""
     endpoints.install(machine)
     invocations.install()
+    permissions.install()
     ours = training_jobs.operations(machine) | endpoints.operations()
     ours |= transform_jobs.operations(machine) | tuning_jobs.operations(machine)
     inherited = set(dir(BaseResponse))
@@ -134,6 +136,21 @@ def _install(machine: Machine) -> None:
         method = ours.get(name) or getattr(SageMakerResponse, name)
         if callable(method):
             setattr(SageMakerResponse, name, _checked(name, method))
+    _answer_what_is_missing()
+
+
+def _answer_what_is_missing() -> None:
+    """An operation that neither moto nor this package has is answered with 501, which no client repeats."""
+    call = BaseResponse.call_action
+
+    def call_action(response: BaseResponse) -> TYPE_RESPONSE:
+        try:
+            return call(response)
+        except NotImplementedError as error:
+            logging.getLogger(__name__).warning("%s: %s", response.service_name, error)
+            return 501, {"status": "501"}, ""
+
+    setattr(BaseResponse, call.__name__, call_action)
 
 
 def _checked(name: str, method: Callable[[SageMakerResponse], ActionResult]) -> Callable[..., ActionResult]:
