@@ -6,6 +6,7 @@ output, or, where it was killed before it could write that, with its last checkp
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 import tempfile
@@ -28,6 +29,7 @@ from stocktake.tracking.folder import FAILED, FINISHED, KILLED, RunFolder
 
 LIVE, WITH_OUTPUT = "live", "with the job's output"
 RUNS = "runs"
+_ARCHIVE_PRECISION = 1_000_000_000  # nanoseconds
 _ENDS = {COMPLETED: FINISHED, JOB_FAILED: FAILED}
 
 
@@ -65,6 +67,7 @@ def bring_home(
         staging = Path(temporary)
         for name in _fetch(aws, job, staging):
             folder = RunFolder.open(staging / name)
+            _restore_times(folder)
             if folder.state.attach_run_id == job.run_id:
                 how = WITH_OUTPUT if folder.pending() else how or LIVE
                 folder.set_tags(tags | {"arrived": how} | ({} if status == FINISHED else {"failure": _why(job)}))
@@ -130,6 +133,22 @@ def _fetch(aws: Aws, job: Job, staging: Path) -> list[str]:
     if not _run_folders(staging):
         _fetch_checkpoints(aws, job, staging)
     return _run_folders(staging)
+
+
+def _restore_times(folder: RunFolder) -> None:
+    """Give files the times that the upload knows them by: archives keep whole seconds only.
+
+    Otherwise everything that the job has logged itself would count as changed, and be uploaded once more.
+    """
+    upload = folder.state.upload
+    known = {folder.path / "artifacts" / name: stamp for name, stamp in upload.artifacts.items()}
+    for model, entry in upload.models.items():
+        known |= {folder.path / "models" / model / name: stamp for name, stamp in entry.files.items()}
+    for path, (size, nanoseconds) in known.items():
+        if path.is_file():
+            found = path.stat()
+            if found.st_size == size and abs(found.st_mtime_ns - nanoseconds) <= _ARCHIVE_PRECISION:
+                os.utime(path, ns=(nanoseconds, nanoseconds))
 
 
 def _fetch_checkpoints(aws: Aws, job: Job, staging: Path) -> None:

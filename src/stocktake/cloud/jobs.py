@@ -17,7 +17,7 @@ from stocktake.errors import StocktakeError
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
 ENDED = (COMPLETED, FAILED, STOPPED)
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
-_POLL_SECONDS = 2.0
+_POLL_SECONDS = 1.0
 _QUIET_LOOKS = 2
 """Logs may lag behind the job: at its end, look until nothing came this often."""
 
@@ -104,7 +104,7 @@ class Job:
         def quoted(text: str) -> str:
             return quote(quote(text, safe=""), safe="").replace("%", "$")
 
-        filtered = quoted("?logStreamNameFilter=") + quoted(f"{self.name}/")
+        filtered = "$3FlogStreamNameFilter$3D" + quoted(f"{self.name}/")
         return (
             f"https://{region}.console.aws.amazon.com/cloudwatch/home?region={region}"
             f"#logsV2:log-groups/log-group/{quoted(LOG_GROUP)}{filtered}"
@@ -160,10 +160,12 @@ class Logs:
                 logGroupName=LOG_GROUP, logStreamNamePrefix=f"{self.name}/"
             )
             streams = sorted(stream["logStreamName"] for page in pages for stream in page["logStreams"])
-            for stream in streams:
-                machine = stream.removeprefix(f"{self.name}/").rsplit("-", 1)[0]
+            # NAME/algo-1-1700000000; one machine has several after an interruption
+            machines = {stream: stream.partition("/")[2].rpartition("-")[0] for stream in streams}
+            has_several = len(set(machines.values())) > 1
+            for stream, machine in machines.items():
                 for line in self._lines(stream):
-                    yield f"[{machine}] {line}" if len({one.split("/")[1][:6] for one in streams}) > 1 else line
+                    yield f"[{machine}] {line}" if has_several else line
         except ClientError as error:
             if error.response["Error"]["Code"] != "ResourceNotFoundException":  # nothing was written yet
                 self._is_refused = True

@@ -6,6 +6,7 @@ MLflow's command line does not wait for the backends of others, so that `run` wa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ class SageMakerBackend(AbstractBackend):
         Raises:
             ExecutionException: something is wrong, in a line; or the job did not complete.
         """
+        # The plugin that comes with sagemaker complains, harmlessly, in every request to a server.
+        logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
         parameters = {name: str(value) for name, value in (params or {}).items()}
         try:
             settings = read_settings(backend_config)

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import stocktake
 from stocktake.cloud.parameters import as_arguments
 from stocktake.cloud.request import BINS, HOSTS
 from stocktake.config import DdpConfig, JobConfig, TrackingConfig
@@ -33,9 +34,10 @@ from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.folder import FINISHED, RunFolder
-from stocktake.workflows.ddp import PROGRAM
-from stocktake.workflows.rung import MODEL
 
+# As ddp and rung have them, whose imports (torch) this process does not need: it only waits.
+PROGRAM = (sys.executable, str(Path(stocktake.__file__).parent))
+MODEL = "model"
 PORT = 29_400
 """Where the machines of a job meet, on the first one."""
 _REASON_LENGTH = 1000  # SageMaker cuts it off at 1,024
@@ -107,8 +109,11 @@ def unfinished_run(runs: Path) -> Path | None:
 
 def collect(runs: Path, base: Path) -> None:
     """Copy what goes home with the job's output: the run folders without their checkpoints, and the model."""
-    data, model = base / "output" / "data" / "runs", base / "model"
-    shutil.copytree(runs, data, ignore=shutil.ignore_patterns(".*", "checkpoints", "*.ckpt"), dirs_exist_ok=True)
+    data, model = base / "output" / "data", base / "model"
+    # Renamed when whole: a container that is killed meanwhile leaves no half run, but its checkpoints.
+    beside = shutil.copytree(runs, base / "work" / "home", ignore=shutil.ignore_patterns(".*", "checkpoints", "*.ckpt"))
+    data.mkdir(parents=True, exist_ok=True)
+    beside.rename(data / "runs")
     chosen = _model_folder(runs)
     if chosen is not None:
         shutil.copytree(chosen, model, dirs_exist_ok=True)
