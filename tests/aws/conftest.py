@@ -13,7 +13,7 @@ from rehearsal_process import RehearsalProcess, start_rehearsal
 
 @pytest.fixture(scope="session")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RehearsalProcess]:
-    """The local AWS of the session. A stopped container has two seconds; tests choose names of their own in it.
+    """The local AWS of the session. A stopped container has five seconds; tests choose names of their own in it.
 
     The image `program` runs the file `main` of the channel `program`, as `model-program` runs the model's.
     """
@@ -23,7 +23,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RehearsalPro
         "*/model-program:*": f"{sys.executable} /opt/ml/model/main",
     }
     state = tmp_path_factory.mktemp("rehearsal")
-    process = start_rehearsal(state, "--grace", "2", "--images", json.dumps(images))
+    process = start_rehearsal(state, "--grace", "5", "--images", json.dumps(images))
     yield process
     process.close()
     assert not list(state.iterdir()), "the local AWS left something behind"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from rehearsal_process import eventually
+from rehearsal_process import RehearsalProcess, eventually
 
 pytestmark = pytest.mark.aws
 
@@ -28,7 +28,7 @@ def archive(content: bytes) -> dict[str, bytes]:
         return {one.name: files.extractfile(one).read() for one in files if one.isfile()}
 
 
-def test_a_job_runs_its_entry_point_in_the_container_layout(rehearsal: Any) -> None:
+def test_a_job_runs_its_entry_point_in_the_container_layout(rehearsal: RehearsalProcess) -> None:
     rehearsal.put("layout/train/a.txt", "A")
     rehearsal.put("layout/train/deep/b.txt", "B")
     one = rehearsal.put("layout/one.json", "{}")
@@ -97,7 +97,7 @@ print("val_macro_f1=0.25"); print("epoch=2 val_macro_f1=0.75 done")
     assert tags == [{"Key": "stage", "Value": "finetune"}]
 
 
-def test_a_failure_is_told_in_the_jobs_own_words(rehearsal: Any) -> None:
+def test_a_failure_is_told_in_the_jobs_own_words(rehearsal: RehearsalProcess) -> None:
     rehearsal.train("failing", "echo half > /opt/ml/model/half; echo 'no photos' > /opt/ml/output/failure; exit 3")
     job = rehearsal.ended("failing")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Failed", "Failed")
@@ -107,7 +107,7 @@ def test_a_failure_is_told_in_the_jobs_own_words(rehearsal: Any) -> None:
     assert rehearsal.log("no-program/") == ["cannot start no-such-program: No such file or directory"]
 
 
-def test_a_stopped_job_gets_sigterm_and_keeps_what_it_wrote(rehearsal: Any) -> None:
+def test_a_stopped_job_gets_sigterm_and_keeps_what_it_wrote(rehearsal: RehearsalProcess) -> None:
     script = """
 trap 'echo told to end; touch /opt/ml/model/half; exit 0' TERM
 echo started
@@ -125,23 +125,22 @@ while true; do sleep 0.1; done
         rehearsal.client("sagemaker").stop_training_job(TrainingJobName="stopped")
 
 
-def test_a_job_that_will_not_end_is_killed_with_all_its_processes(rehearsal: Any) -> None:
+def test_a_job_that_will_not_end_is_killed_with_all_its_processes(rehearsal: RehearsalProcess) -> None:
     """Its time is over; a process of it that left the session goes as well."""
     script = """
-import os, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-left = subprocess.Popen(["sleep", "600"], start_new_session=True)
-print(os.getpid(), left.pid, flush=True)
-time.sleep(600)
+trap '' TERM
+setsid sleep 600 &
+echo $$ $!
+wait
 """
-    rehearsal.train("endless", script, program="python", StoppingCondition={"MaxRuntimeInSeconds": 1})
+    rehearsal.train("endless", script, StoppingCondition={"MaxRuntimeInSeconds": 4})
     job = rehearsal.ended("endless")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
     for process in map(int, rehearsal.log("endless/")[0].split()):
         assert not Path(f"/proc/{process}").exists()
 
 
-def test_hosts_find_each_other_by_name_and_share_the_data(rehearsal: Any) -> None:
+def test_hosts_find_each_other_by_name_and_share_the_data(rehearsal: RehearsalProcess) -> None:
     for name in "abc":
         rehearsal.put(f"shards/{name}", name)
     script = """
@@ -181,7 +180,7 @@ pathlib.Path("/opt/ml/model", name).write_text(f"{shard} {other} {len(hosts)}")
     assert rehearsal.log("two-hosts/algo-1") == ["listening on True"]
 
 
-def test_one_failing_host_ends_the_others(rehearsal: Any) -> None:
+def test_one_failing_host_ends_the_others(rehearsal: RehearsalProcess) -> None:
     script = """
 grep -q '"current_host": "algo-2"' /opt/ml/input/config/resourceconfig.json || exec sleep 600
 echo lost > /opt/ml/output/failure; exit 9
@@ -214,12 +213,12 @@ pathlib.Path("/opt/ml/model/final").write_text(str(done))
 
 
 @pytest.mark.parametrize("told_by", ["tag", "environment"])
-def test_a_spot_interruption_loses_all_but_the_checkpoints(rehearsal: Any, told_by: str) -> None:
+def test_a_spot_interruption_loses_all_but_the_checkpoints(rehearsal: RehearsalProcess, told_by: str) -> None:
     name = f"spot-{told_by}"
     told: dict[str, Any] = (
         {"Tags": [{"Key": "rehearsal:interrupt-after", "Value": "half w.y"}]}
         if told_by == "tag"
-        else {"Environment": {"REHEARSAL_INTERRUPT_AFTER": "2"}}
+        else {"Environment": {"REHEARSAL_INTERRUPT_AFTER": "half way"}}
     )
     rehearsal.train(
         name,
@@ -246,7 +245,21 @@ def test_a_spot_interruption_loses_all_but_the_checkpoints(rehearsal: Any, told_
     assert rehearsal.get(f"checkpoints/{name}/step") == b"6"
 
 
-def test_checkpoints_go_to_s3_while_the_job_runs(rehearsal: Any) -> None:
+def test_a_spot_instance_is_taken_back_after_seconds(rehearsal: RehearsalProcess) -> None:
+    rehearsal.train(
+        "spot-seconds",
+        "test -e /opt/ml/checkpoints/begun && exit 0; touch /opt/ml/checkpoints/begun; sleep 600",
+        EnableManagedSpotTraining=True,
+        StoppingCondition={"MaxRuntimeInSeconds": 300, "MaxWaitTimeInSeconds": 300},
+        CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/seconds"},
+        Environment={"REHEARSAL_INTERRUPT_AFTER": "4"},
+    )
+    job = rehearsal.ended("spot-seconds")
+    assert job["TrainingJobStatus"] == "Completed"
+    assert "Interrupted" in [one["Status"] for one in job["SecondaryStatusTransitions"]]
+
+
+def test_checkpoints_go_to_s3_while_the_job_runs(rehearsal: RehearsalProcess) -> None:
     rehearsal.train(
         "checkpoints",
         "echo 1 > /opt/ml/checkpoints/one; sleep 600",
@@ -257,7 +270,7 @@ def test_checkpoints_go_to_s3_while_the_job_runs(rehearsal: Any) -> None:
     assert rehearsal.ended("checkpoints")["TrainingJobStatus"] == "Stopped"
 
 
-def test_metrics_reach_cloudwatch(rehearsal: Any) -> None:
+def test_metrics_reach_cloudwatch(rehearsal: RehearsalProcess) -> None:
     definitions = [{"Name": "val:f1", "Regex": "f1=([0-9.]+)"}, {"Name": "other", "Regex": "never=(.*)"}]
     script = "echo f1=0.5; echo f1=0.25; echo f1=..; echo 'caf\xe9'"
     rehearsal.train("metrics", script, AlgorithmSpecification={"MetricDefinitions": definitions})
@@ -275,7 +288,7 @@ def test_metrics_reach_cloudwatch(rehearsal: Any) -> None:
     assert sum(one["SampleCount"] for one in statistics["Datapoints"]) == 2
 
 
-def test_jobs_are_listed_newest_first(rehearsal: Any) -> None:
+def test_jobs_are_listed_newest_first(rehearsal: RehearsalProcess) -> None:
     for name in ("listed-1", "listed-2", "listed-3"):
         rehearsal.train(name, "exit 1" if name == "listed-2" else "true")
         rehearsal.ended(name)

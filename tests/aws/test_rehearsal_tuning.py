@@ -12,11 +12,14 @@ from rehearsal_process import ENDED, RehearsalProcess, eventually
 pytestmark = pytest.mark.aws
 
 SCORE = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 given = json.loads(pathlib.Path("/opt/ml/input/config/hyperparameters.json").read_text())
 lr, depth = float(given["lr"]), int(given["depth"])
 if given["kind"] == "bad":
     sys.exit("a bad kind")
+if given["kind"] == "late" and "-005-" in os.environ["TRAINING_JOB_NAME"]:
+    print("val_macro_f1=-9", flush=True)
+    time.sleep(600)
 print(json.dumps(given))
 print(f"val_macro_f1={1 - (lr - 0.3) ** 2 - depth / 1000}", flush=True)
 time.sleep(float(given["seconds"]))
@@ -150,6 +153,17 @@ def test_a_search_whose_jobs_all_fail_has_failed(rehearsal: RehearsalProcess) ->
     assert said["HyperParameterTuningJobStatus"] == "Failed"
     assert said["FailureReason"].startswith("All training jobs failed")
     assert "BestTrainingJob" not in said
+
+
+def test_a_job_worse_than_the_median_is_stopped_early(rehearsal: RehearsalProcess) -> None:
+    tune(rehearsal, "early", most=6, kinds=["late"], config={"TrainingJobEarlyStoppingType": "Auto"})
+    said = ended(rehearsal, "early")
+    assert said["HyperParameterTuningJobStatus"] == "Completed"
+    assert said["TrainingJobStatusCounters"]["Stopped"] >= 1
+    fifth = next(one for one in trials(rehearsal, "early") if "-005-" in one["TrainingJobName"])
+    assert fifth["TrainingJobStatus"] == "Stopped"
+    assert fifth["FinalHyperParameterTuningJobObjectiveMetric"]["Value"] == -9
+    assert said["BestTrainingJob"]["TrainingJobName"] != fifth["TrainingJobName"]
 
 
 @pytest.mark.parametrize(

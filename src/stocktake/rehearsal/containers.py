@@ -168,8 +168,9 @@ class Container:
                 for line in lines:
                     on_line(line.decode("utf-8", "replace").rstrip("\r\n"))
         finally:
-            self._process.wait()
+            # The first process holds the pipe as well: it has ended, or a line could not be told and it has to.
             self.kill()
+            self._process.wait()
             self._running.discard(self)
             on_end()
 

@@ -84,6 +84,8 @@ class Rehearsal:
         machine: Machine | None = getattr(self, "machine", None)
         if machine is not None:
             machine.close()
+        if hasattr(self, "_server"):
+            self._server.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
