@@ -25,7 +25,7 @@ from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.backlog import upload_backlog
 from stocktake.tracking.connection import Connection, brief
-from stocktake.tracking.folder import FAILED, FINISHED, KILLED, RunFolder
+from stocktake.tracking.folder import FAILED, FINISHED, KILLED, RUNNING, RunFolder
 
 LIVE, WITH_OUTPUT = "live", "with the job's output"
 RUNS = "runs"
@@ -70,6 +70,8 @@ def bring_home(
             _restore_times(folder)
             if folder.state.attach_run_id == job.run_id:
                 how = WITH_OUTPUT if folder.pending() else how or LIVE
+                if folder.state.status == RUNNING and status != FINISHED:  # killed before it could write its end
+                    folder.finish(status, _why(job))
                 folder.set_tags(tags | {"arrived": how} | ({} if status == FINISHED else {"failure": _why(job)}))
         for name in sorted(path.name for path in staging.iterdir()):
             if (runs / name).exists():  # brought home before
