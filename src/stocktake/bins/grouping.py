@@ -41,12 +41,12 @@ def group_looks(
 
 def _shared_items(items: Sequence[Sequence[str]]) -> sparse.csr_matrix:
     """(n, n) links between records of which the larger shares at least half of its items with the other."""
-    numbers: dict[frozenset[str], int] = {}
-    kind = np.array([numbers.setdefault(frozenset(keys), len(numbers)) for keys in items])
+    numbers: dict[tuple[str, ...], int] = {}  # a tuple is its own key: half a million sets would take 100 MB
+    kind = np.array([numbers.setdefault(tuple(keys), len(numbers)) for keys in items])
     kinds = list(numbers)
-    sizes = np.array([len(keys) for keys in kinds], dtype=np.int32)
+    sizes = np.array([len(set(keys)) for keys in kinds], dtype=np.int32)
     codes: dict[str, int] = {}
-    columns = [codes.setdefault(key, len(codes)) for keys in kinds for key in keys]
+    columns = [codes.setdefault(key, len(codes)) for keys in kinds for key in dict.fromkeys(keys)]
     rows = np.repeat(np.arange(len(kinds)), sizes)
     incidence = sparse.csr_matrix(
         (np.ones(len(columns), dtype=np.int32), (rows, columns)), shape=(len(kinds), max(1, len(codes)))

@@ -118,7 +118,7 @@ class Mirror:
 
     def has(self, key: str) -> bool:
         """Whether it need not be asked for."""
-        return key in self.missing or (self.folder / key).exists()
+        return key in self.missing or os.path.exists(f"{self.folder}/{key}")  # noqa: PTH110 - asked a million times
 
     def fetch(self, keys: Callable[[], Iterable[str]], title: str) -> None:
         """Copy what is not here yet; only as many objects as requests are in memory.
@@ -219,14 +219,16 @@ class Mirror:
         data = found.data
         if self.settings.resize and path.suffix == PHOTOS[1]:
             data = shrink(data, self.settings.resize)
-        beside = path.with_name(f".{path.name}.{threading.get_ident()}.part")
+        beside = f"{path.parent}/.{path.name}.{threading.get_ident()}.part"
         try:
-            beside.write_bytes(data)
-            os.utime(beside, (found.modified.timestamp(),) * 2)  # what --s3.refresh compares
-            beside.replace(path)
+            with open(beside, "wb") as file:  # noqa: PTH123 - plain calls: half of the time is spent here
+                file.write(data)
+                file.flush()
+                os.utime(file.fileno(), (found.modified.timestamp(),) * 2)  # what --s3.refresh compares
+            os.replace(beside, path)  # noqa: PTH105
         except OSError:
             with suppress(OSError):
-                beside.unlink()
+                os.unlink(beside)  # noqa: PTH108
             raise
 
     def _remember(self, reasons: dict[str, str]) -> None:

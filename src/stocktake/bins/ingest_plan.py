@@ -22,7 +22,7 @@ DOLLARS_PER_GB_OUT = 0.09
 _PAGE = 1000
 _SAMPLE = 300
 """Bins that are fetched to measure by; they stay in the copy."""
-MANIFEST_BYTES_PER_BIN, BUILDING_BYTES_PER_BIN = 520, 1600
+MANIFEST_BYTES_PER_BIN, BUILDING_BYTES_PER_BIN = 400, 950
 """Of memory, of a manifest and while it is built; measured on 535,234 synthetic bins (tests/benchmarks/ingest.py)."""
 
 
