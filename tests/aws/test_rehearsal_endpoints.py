@@ -174,3 +174,29 @@ def test_models_and_configurations_are_held_against_the_rules(
         sagemaker.create_endpoint_config(EndpointConfigName="rules-3", ProductionVariants=[variant])
     with pytest.raises(ClientError, match="Could not find endpoint configuration"):
         sagemaker.create_endpoint(EndpointName="rules", EndpointConfigName="none")
+
+
+def test_a_stack_makes_an_endpoint_that_answers(
+    rehearsal: RehearsalProcess, models: dict[str, str], bin_photo: Callable[..., bytes]
+) -> None:
+    cloudformation = rehearsal.client("cloudformation")
+    variant = {
+        "VariantName": "only",
+        "ModelName": "answers-3",
+        "InstanceType": "ml.m5.large",
+        "InitialInstanceCount": 1,
+        "InitialVariantWeight": 1,
+    }
+    name = {"Fn::GetAtt": ["Configuration", "EndpointConfigName"]}
+    resources = {
+        "Configuration": {"Type": "AWS::SageMaker::EndpointConfig", "Properties": {"ProductionVariants": [variant]}},
+        "Endpoint": {
+            "Type": "AWS::SageMaker::Endpoint",
+            "Properties": {"EndpointName": "stacked", "EndpointConfigName": name},
+        },
+    }
+    cloudformation.create_stack(StackName="counting", TemplateBody=json.dumps({"Resources": resources}))
+    assert settled(rehearsal, "stacked")["EndpointStatus"] == "InService"
+    assert ask(rehearsal, "stacked", bin_photo(1))[0]["quantity"] == 3
+    cloudformation.delete_stack(StackName="counting")
+    eventually(lambda: not rehearsal.client("sagemaker").list_endpoints(NameContains="stacked")["Endpoints"])

@@ -11,7 +11,7 @@ from typing import Any, cast
 from moto.core.responses import ActionResult
 from moto.core.utils import utcnow
 from moto.sagemaker.exceptions import ValidationError
-from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig, SageMakerModelBackend
+from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig, Model, SageMakerModelBackend
 from moto.sagemaker.responses import SageMakerResponse
 
 from stocktake.rehearsal import checks
@@ -232,8 +232,9 @@ def install(machine: Machine) -> None:
     def create_endpoint(
         backend: SageMakerModelBackend, endpoint_name: str, endpoint_config_name: str, tags: list[dict[str, str]]
     ) -> FakeEndpoint:
-        if endpoint_name in backend.endpoints:
-            arn = backend.endpoints[endpoint_name].arn
+        there = backend.endpoints.get(endpoint_name)
+        if there is not None and there.endpoint_status != "Deleting":  # a stack replaces one without waiting
+            arn = there.arn
             raise ValidationError(message=f'Cannot create already existing endpoint "{arn}".')
         backend.describe_endpoint_config(endpoint_config_name)
         endpoint = Endpoint(machine, backend, endpoint_name, endpoint_config_name, tags)  # type: ignore[abstract]
@@ -248,7 +249,8 @@ def install(machine: Machine) -> None:
 
         def end() -> None:
             endpoint.close()
-            backend.endpoints.pop(endpoint_name, None)
+            if backend.endpoints.get(endpoint_name) is endpoint:
+                del backend.endpoints[endpoint_name]
 
         threading.Thread(target=end, daemon=True).start()
 
@@ -257,6 +259,10 @@ def install(machine: Machine) -> None:
         (SageMakerModelBackend, "delete_endpoint", delete_endpoint),
         # moto's list of instance types is older than the service model's, which is checked before.
         (FakeEndpointConfig, "validate_instance_type", lambda _config, _type: None),
+        # A stack's own names, where moto makes them up.
+        (FakeEndpoint, "cloudformation_name_type", staticmethod(lambda: "EndpointName")),
+        (FakeEndpointConfig, "cloudformation_name_type", staticmethod(lambda: "EndpointConfigName")),
+        (Model, "cloudformation_name_type", staticmethod(lambda: "ModelName")),
     ):
         setattr(owner, name, function)
 
