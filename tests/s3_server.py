@@ -46,6 +46,7 @@ class StaticS3:
         self.delay = delay
         self.requests: Counter[str] = Counter()
         self.authorized = 0
+        self.authorization = ""
         self.objects: dict[str, tuple[Path, int]] = {}
         for path in folder.rglob("*"):
             if path.is_file():
@@ -125,10 +126,11 @@ class Connection(asyncio.Protocol):
         method = self.parser.get_method().decode()
         store = self.store
         if parts.path == "/_seen":
-            seen = {"requests": store.requests, "authorized": store.authorized}
+            seen = {"requests": store.requests, "authorized": store.authorized, "authorization": store.authorization}
             self.answer(200, json.dumps(seen).encode())
             return
         store.authorized += "authorization" in self.headers
+        store.authorization = self.headers.get("authorization", store.authorization)
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         if bucket != store.bucket:
             self.error(404, "NoSuchBucket")
@@ -198,6 +200,10 @@ class Server:
     def authorized(self) -> int:
         """How many requests carried an Authorization header."""
         return int(self._ask()["authorized"])
+
+    def authorization(self) -> str:
+        """The last one of these headers."""
+        return str(self._ask()["authorization"])
 
     def _ask(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self.url}/_seen", timeout=60) as answer:

@@ -157,6 +157,22 @@ def test_what_is_too_large_is_refused_and_what_is_missing_is_not_found(
             list(nowhere.list("bin-images/"))
 
 
+def test_credentials_and_region_may_come_from_a_profile(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = AKIATEST\naws_secret_access_key = b\n")
+    (tmp_path / "config").write_text("[default]\nregion = eu-north-1\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with serve(folder) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        bucket = Bucket(S3Address.parse("s3://bins"), QUICK)
+        bucket.get(KEY, most=10_000)
+        assert (bucket.is_signed, server.authorized()) == (True, 1)
+        assert "AKIATEST" in server.authorization()
+        assert "/eu-north-1/s3/" in server.authorization()
+
+
 @pytest.mark.aws
 def test_what_is_put_is_held_and_given_back(private_bucket: str) -> None:
     bucket = Bucket(S3Address.parse(f"{private_bucket}/some/where"), QUICK)

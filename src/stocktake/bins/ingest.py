@@ -263,15 +263,12 @@ def fetch_bins(mirror: Mirror, config: BinsConfig, labels: Sequence[int], wanted
 
 def _fetch_everything(mirror: Mirror) -> None:
     listed = {place: mirror.listing(place) for place in (RECORDS, PHOTOS)}
-    absent = total = 0
-    for bin_id, _ in listed[PHOTOS]:
-        total += 1
-        absent += not mirror.has(_keys(bin_id)[1])
-    if absent > UNASKED:
+    absent = (bin_id for bin_id, _ in listed[PHOTOS] if not mirror.has(_keys(bin_id)[1]))
+    if sum(1 for _ in islice(absent, UNASKED + 1)) > UNASKED:  # known before all of it is listed
         plan = f"stocktake data --root {mirror.address} --plan true"
         raise StocktakeError(
-            f"--root {mirror.address} holds {total} photos, of which {absent} are not here yet: say how many bins with "
-            f"--limit N, or which with --list (what they take: {plan})"
+            f"--root {mirror.address} holds more than {UNASKED} photos that are not here yet: say how many bins with "
+            f"--limit N, or which with --list (what all of them take: {plan})"
         )
     for (before, after), listing in listed.items():
         keys = partial(_named, listing, before, after)

@@ -109,7 +109,8 @@ def build_manifest(config: BinsConfig) -> Manifest:
         raise StocktakeError("--root is empty: give a folder, or leave the option out for a synthetic root")
     root = config.root or str(synthetic_root(config))
     wanted = read_id_list(Path(config.list)) if config.list else None
-    folder = Path(config.workspace) / "manifests" / source_key(root)
+    size = f"-short{config.s3.resize}" if config.s3.resize and root.startswith("s3://") else ""
+    folder = Path(config.workspace) / "manifests" / f"{source_key(root)}{size}"
     with _writing_to(config.workspace):
         source = open_root(root, config, labels, wanted)
         if config.limit is not None:

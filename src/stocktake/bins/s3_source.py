@@ -93,7 +93,7 @@ class Bucket:
         self.address = address
         self.option = option
         self._verify = settings.verify
-        config: dict[str, Any] = {"region": _region(address.bucket)}
+        config: dict[str, Any] = {}
         client: dict[str, Any] = {
             "timeout": timedelta(seconds=settings.timeout),
             "connect_timeout": timedelta(seconds=min(10.0, settings.timeout)),
@@ -107,6 +107,7 @@ class Bucket:
         else:
             config["checksum_algorithm"] = "SHA256"  # the bucket refuses what was damaged on the way up
         self.is_signed = provider is not None
+        config["region"] = _region(address.bucket, provider)
         retrying = {
             "max_retries": settings.retries,
             "backoff": _BACKOFF,
@@ -230,9 +231,10 @@ class Bucket:
         return StocktakeError(f"{self.option} {self.address}: there is no bucket {self.address.bucket}")
 
 
-def _region(bucket: str) -> str:
+def _region(bucket: str, provider: Any) -> str:
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return PUBLIC.get(bucket) or named or "us-east-1"
+    of_profile = provider.config.get("region") if provider is not None else None
+    return str(PUBLIC.get(bucket) or named or of_profile or "us-east-1")
 
 
 def _credentials() -> Any:

@@ -10,6 +10,7 @@ The same bins give the same shards, byte for byte.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -121,6 +122,11 @@ def cut(sizes: Sequence[int], most: int) -> list[range]:
     return [*shards, range(begin, len(sizes))] if sizes else []
 
 
+def _require_webdataset(option: str) -> None:
+    if importlib.util.find_spec("webdataset") is None:
+        raise StocktakeError(f"{option} needs webdataset: pip install 'stocktake[aws]'")
+
+
 def pack(source: Source, ids: Iterable[str]) -> bytes:
     """A tar of photos and records in this order; nothing in it tells when or by whom it was made."""
     from webdataset import TarWriter
@@ -160,6 +166,7 @@ def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[Ind
     Raises:
         StocktakeError: the bucket cannot be written.
     """
+    _require_webdataset(f"--publish {bucket.address}")
     most = config.shard_mb * _BYTES_PER_MB
     plans: list[tuple[Split, str, list[str]]] = []
     for split in SPLITS:
@@ -277,6 +284,7 @@ def _unpack_all(
     at_a_time: int,
 ) -> ShardSource:
     """Unpack what is not unpacked yet; a shard's mark is set when all of it lies there."""
+    _require_webdataset(f"--root {place}")
     for part in ("bin-images", "metadata", "unpacked"):
         (into / part).mkdir(parents=True, exist_ok=True)
 
