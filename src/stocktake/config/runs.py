@@ -1,0 +1,95 @@
+"""Tracked runs, and what looks at them afterwards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stocktake.config.bins import BinsConfig
+from stocktake.config.bound import bound
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are logged."""
+
+    uri: str | None = None
+    """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else mlflow.db in the current folder."""
+    registry_uri: str | None = None
+    """MLflow registry URI. Default: MLFLOW_REGISTRY_URI, else the tracking URI."""
+    experiment: str = field(default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME") or "stocktake")
+    """MLflow experiment. Default: MLFLOW_EXPERIMENT_NAME, else stocktake. A run that `mlflow run` opened
+    stays in that run's experiment."""
+    run_name: str | None = None
+    """Name of the run. Default: the command's name."""
+    model_name: str = "stocktake"
+    """Name of the registered model."""
+    offline: bool = False
+    """Write to disk only; `stocktake sync` uploads later."""
+    system_metrics: bool = True
+    """Log CPU, memory, disk, network and GPU use of the run."""
+
+
+@dataclass
+class RunConfig(BinsConfig):
+    """A tracked run over bins."""
+
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class EdaConfig(RunConfig):
+    """Explore the bins: a tracked run with figures and one self-contained HTML page."""
+
+
+@dataclass
+class ImageConfig(RunConfig):
+    """A run of a model over photos of one size."""
+
+    image_size: int = 128
+    """Side of the square that a photo is resized to, in pixels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bound(self, "image_size", least=8, most=2048)
+
+
+@dataclass
+class EvaluateConfig(RunConfig):
+    """Evaluate a registered or saved model on a split of any root."""
+
+    model: str = "models:/stocktake/latest"
+    """models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/model, or a model folder."""
+    on: Literal["train", "val", "test"] = "test"
+    """The split to evaluate on."""
+    batch_size: int = 32
+    """Photos a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bound(self, "batch_size", least=1)
+
+
+@dataclass
+class CompareConfig:
+    """The leaderboard of an experiment: in the terminal, as HTML and as CSV."""
+
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    workspace: str = "workspace"
+    """The leaderboard is written to compare/ in here."""
+    output: str | None = None
+    """Folder for leaderboard.html and leaderboard.csv. Default: WORKSPACE/compare."""
+    stage: str | None = None
+    """Only runs of this stage: majority, classical, frozen, finetune, ..."""
+    best: int = 50
+    """How many runs to show at most, best val/macro_f1 first."""
+
+
+@dataclass
+class SyncConfig:
+    """Upload runs that a tracking server could not take when they ran."""
+
+    workspace: str = "workspace"
+    """Folder whose runs/ are uploaded."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

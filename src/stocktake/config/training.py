@@ -1,0 +1,254 @@
+"""Models and how they are trained and searched. The ladder's config is every rung's config at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stocktake.config.bound import bound
+from stocktake.config.runs import ImageConfig, TrackingConfig
+from stocktake.errors import StocktakeError
+
+
+@dataclass
+class MajorityConfig(ImageConfig):
+    """Benchmark A: always answer the most frequent quantity of the training split."""
+
+
+@dataclass
+class PcaSvmConfig:
+    """PCA of the pixels, then a support vector machine (the paper's best classical pipeline)."""
+
+    pixels: int = 32
+    """The photo is averaged down to this many pixels a side before PCA."""
+    components: int = 60
+    """Principal components kept."""
+    c: float = 3.0
+    """Penalty of the SVM."""
+    gamma: float | None = None
+    """Width of the radial kernel. Default: 1 / components, on whitened components."""
+    max_train: int = 20_000
+    """Fit on at most this many bins: training an SVM grows with their square."""
+
+    def __post_init__(self) -> None:
+        bound(self, "pixels", least=1, most=256, option="classical.")
+        bound(self, "components", least=1, option="classical.")
+        bound(self, "c", least=1e-12, option="classical.")
+        bound(self, "gamma", least=1e-12, option="classical.")
+        bound(self, "max_train", least=10, option="classical.")
+
+
+@dataclass
+class ClassicalConfig(ImageConfig):
+    """A classical pipeline on the pixels: PCA and a support vector machine."""
+
+    classical: PcaSvmConfig = field(default_factory=PcaSvmConfig)
+
+
+@dataclass
+class NetworkConfig(ImageConfig):
+    """A run with a backbone."""
+
+    backbone: str = "efficientnet_lite0"
+    """efficientnet_lite0, or any torchvision classifier: resnet18, resnet34, resnet50, ..."""
+    weights: str = "imagenet"
+    """imagenet, none, or the path of a checkpoint (.safetensors, .pth)."""
+    batch_size: int = 32
+    """Photos a step, over all processes."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: the fastest of precision and memory layout for this backbone on this processor, measured once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bound(self, "batch_size", least=1)
+
+
+@dataclass
+class HeadConfig:
+    """The linear head on frozen features."""
+
+    c: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    """Inverse strengths of regularisation to try; the best on val is kept."""
+    class_weight: Literal["balanced", "none"] = "balanced"
+    """balanced: every class weighs the same in the loss."""
+
+
+@dataclass
+class FrozenConfig(NetworkConfig):
+    """Benchmark B: features of a frozen backbone, then a linear head."""
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+
+@dataclass
+class TrainingConfig:
+    """How the whole network is trained."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with Nesterov momentum 0.9."""
+    schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
+    """Learning rate over the run. step divides by 10 every third of it."""
+    head_lr_factor: float = 5.0
+    """The new head learns this many times faster than the backbone."""
+    freeze_epochs: int = 0
+    """Epochs in which only the head learns."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over the other classes."""
+    ordinal_smoothing: float = 0.0
+    """Share of the target given to the neighbouring quantities."""
+    class_weight: Literal["balanced", "none"] = "none"
+    """balanced: every class weighs the same in the loss."""
+    augment: Literal["none", "flip", "full"] = "full"
+    """flip: horizontal flips (the paper's). full: flips, crops and colour."""
+    patience: int = 4
+    """Stop after this many epochs without a better val/macro_f1."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+    workers: int | None = None
+    """Processes that load photos. Default: none on a CPU, one a core beside a GPU."""
+    max_steps: int = -1
+    """Stop after this many steps; -1: no limit. For quick looks."""
+    sync_batchnorm: bool = True
+    """With several processes, normalise over the whole batch, so that their number does not change what is learnt.
+    false: each over its own share: faster on a CPU, and another training for another number."""
+    collective_timeout: float = 300.0
+    """Seconds that a process waits for another one's part of a step before it gives up."""
+    world_size: int | None = None
+    """The number of processes that the job must have; another one is an error. Default: any."""
+
+    def __post_init__(self) -> None:
+        bound(self, "head_lr_factor", least=1e-6, most=1e6, option="training.")
+        bound(self, "freeze_epochs", least=0, most=1e6, option="training.")
+        bound(self, "label_smoothing", least=0, most=0.9, option="training.")
+        bound(self, "ordinal_smoothing", least=0, most=0.9, option="training.")
+        bound(self, "patience", least=1, most=1e6, option="training.")
+        bound(self, "gradient_clip", least=0, most=1e6, option="training.")
+        bound(self, "accumulate", least=1, most=1e6, option="training.")
+        bound(self, "workers", least=0, most=1024, option="training.")
+        bound(self, "max_steps", least=-1, most=1e12, option="training.")
+        bound(self, "collective_timeout", least=1, most=1e6, option="training.")
+        bound(self, "world_size", least=1, most=1e6, option="training.")
+
+
+@dataclass
+class FinetuneConfig(NetworkConfig):
+    """Train the whole network, stop early, keep the best checkpoint."""
+
+    epochs: int = 6
+    """Passes over the training split at most."""
+    lr: float = 1e-3
+    """Peak learning rate of the backbone."""
+    weight_decay: float = 0.05
+    """Weight decay; none on biases and normalisation."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    resume: str | None = None
+    """Go on from this run folder's last checkpoint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bound(self, "epochs", least=1)
+        bound(self, "lr", least=1e-12, most=100)
+        bound(self, "weight_decay", least=0)
+
+    def check_batch(self, processes: int) -> None:
+        """Raises StocktakeError unless that many processes can share a batch out, at least 2 photos for each."""
+        if self.batch_size < 2:
+            raise StocktakeError(f"--batch_size {self.batch_size}: batch normalisation needs at least 2 photos")
+        if self.batch_size % processes or self.batch_size < 2 * processes:
+            raise StocktakeError(
+                f"--batch_size {self.batch_size} is the batch of all processes together, and {processes} cannot share "
+                f"it: give a multiple of {processes}, from {2 * processes}"
+            )
+
+
+@dataclass
+class DdpConfig(FinetuneConfig):
+    """Train the whole network in several processes, on one machine or more: finetune, started by torchrun."""
+
+    nproc: int = 2
+    """Processes on each machine: one a GPU, or a few that share the cores."""
+    nnodes: int = 1
+    """Machines. The same command is given on each, with its own --node_rank."""
+    node_rank: int = 0
+    """This machine's number, from 0. Machine 0 logs the run and keeps its files."""
+    rendezvous: str | None = None
+    """host:port of machine 0, where all meet. Default: any free port, for one machine."""
+    max_restarts: int = 0
+    """Begin again at the last checkpoint this many times when a process fails."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bound(self, "nproc", least=1, most=1024)
+        bound(self, "nnodes", least=1, most=1024)
+        bound(self, "node_rank", least=0, most=self.nnodes - 1)
+        bound(self, "max_restarts", least=0, most=1000)
+
+
+@dataclass
+class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig):
+    """Majority, classical, frozen and fine-tuned on one manifest, a leaderboard, and a candidate version."""
+
+    rungs: tuple[Literal["majority", "classical", "frozen", "finetune"], ...] = (
+        "majority",
+        "classical",
+        "frozen",
+        "finetune",
+    )
+    """Which models to train, in this order."""
+
+
+@dataclass
+class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
+    """Search a stage's settings with Optuna: a run for the study, a child run a trial, the best as an experiment."""
+
+    stage: Literal["finetune", "frozen", "classical"] = "finetune"
+    """What is searched. All its settings that the space does not vary are the same for all trials."""
+    space: str | None = None
+    """YAML of the search space: a path, or the NAME of experiments/NAME.space.yaml. Default: the stage's own, for
+    finetune lr, weight_decay, batch_size, epochs and training.freeze_epochs."""
+    trials: int | None = None
+    """How many trials the study has in all. Default: 20, or as many as the study was begun with."""
+    timeout: float | None = None
+    """Begin no further trial after this many seconds."""
+    workers: int = 1
+    """Trials at a time, each in a process of its own; they share the processor's cores out."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """tpe: learns from the trials before (multivariate). random: what the others found does not matter."""
+    pruner: Literal["auto", "asha", "hyperband", "median", "none"] = "auto"
+    """Ends trials that fall behind. auto: asha, or none where there are two objectives or no epochs."""
+    objectives: tuple[Literal["macro_f1", "latency"], ...] = ("macro_f1",)
+    """macro_f1 on val alone, or [macro_f1,latency]: also the milliseconds of one photo, as a Pareto front."""
+    storage: str | None = None
+    """URL of a database for the study (sqlite:///study.db, postgresql://...). Default: a journal in the run's
+    folder."""
+    warm_start: int = 0
+    """Try the settings of this many earlier runs first: the best ones of the same task and stage in the space."""
+    nproc: int = 1
+    """Processes a trial: more than one make every trial of finetune a DDP job."""
+    resume: str | None = None
+    """Go on with the study of this run folder (workspace/runs/tune-...); its settings are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bound(self, "trials", least=1, most=1e6)
+        bound(self, "timeout", least=0)
+        bound(self, "workers", least=1, most=256)
+        bound(self, "warm_start", least=0, most=1e4)
+        bound(self, "nproc", least=1, most=256)
+        if self.objectives not in (("macro_f1",), ("macro_f1", "latency")):
+            raise StocktakeError("--objectives must be [macro_f1] or [macro_f1,latency]")
+        if self.nproc > 1 and self.stage != "finetune":
+            raise StocktakeError(f"--nproc {self.nproc}: only finetune trains in several processes")
+
+
+@dataclass
+class TrialConfig:
+    """Train one trial of a study in several processes: what tune --nproc starts."""
+
+    study: str
+    """Run folder of the study (workspace/runs/tune-...)."""
+    number: int
+    """Which trial; it must be in work."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
