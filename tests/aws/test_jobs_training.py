@@ -217,6 +217,7 @@ def test_a_job_logs_into_the_run_that_mlflow_opened(site: Site, plain: tuple[Run
     assert str(model.status) == "READY"
     (brought,) = site.folder.glob(f"runs/{tags['stocktake.folder']}")
     assert (brought / "models" / "model" / "MLmodel").is_file()
+    assert json.loads(run.inputs.dataset_inputs[0].dataset.source)["uri"] == site.root
     assert len(site.client.search_runs([site.experiment])) == 1, "one job, one run"
     assert "about $0.2300 an hour" in said
     assert "epoch=3 " in said
@@ -341,6 +342,8 @@ def test_a_job_that_was_killed_outright_comes_home_from_its_checkpoints(site: Si
     assert not (arrival.folders[0] / "checkpoints").exists()
     run = site.client.get_run(run_id)
     assert (run.info.status, run.data.metrics["val/macro_f1"]) == ("FAILED", 0.25)
+    bring_home(Aws(), Job(description), tmp_path / "here", TrackingConfig(uri=site.uri), None, print)
+    assert [path.name for path in (tmp_path / "here" / "runs").glob("[!.]*")] == [folder.path.name]
     assert run.data.tags["failure"] == "InternalServerError: the machine is gone"
 
 

@@ -19,9 +19,9 @@ from stocktake.cloud.jobs import COMPLETED, Job
 from stocktake.cloud.jobs import FAILED as JOB_FAILED
 from stocktake.cloud.packing import split_uri
 from stocktake.cloud.prices import Prices, told
-from stocktake.cloud.request import ROOT
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
+from stocktake.locks import FileLock
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.backlog import upload_backlog
 from stocktake.tracking.connection import Connection, brief
@@ -63,7 +63,10 @@ def bring_home(
     runs = workspace / RUNS
     runs.mkdir(parents=True, exist_ok=True)
     folders, how = [], None
-    with tempfile.TemporaryDirectory(dir=runs, prefix=f".{job.name}-") as temporary:
+    with (
+        FileLock(runs / ".arrivals.lock"),  # whoever stops a job follows it too, beside whoever has submitted it
+        tempfile.TemporaryDirectory(dir=runs, prefix=f".{job.name}-") as temporary,
+    ):
         staging = Path(temporary)
         for name in _fetch(aws, job, staging):
             folder = RunFolder.open(staging / name)
@@ -97,8 +100,6 @@ def job_tags(aws: Aws, job: Job, prices: Prices | None) -> dict[str, str]:
         "job.instance": f"{job.instance_count} x {job.instance_type}",
         "job.spot": str(job.is_spot).lower(),
     }
-    if root := job.environment.get(ROOT):
-        tags["data.root"] = root  # in the job it was a channel's folder
     if job.has_ended and job.billed_seconds is not None:
         tags["job.billed_seconds"] = f"{job.billed_seconds * job.instance_count:.0f}"
         if (cost := cost_of(job, prices)) is not None:

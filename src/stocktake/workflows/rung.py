@@ -24,6 +24,7 @@ from stocktake.bins.array_cache import ArrayCache
 from stocktake.bins.manifest import Manifest, build_manifest
 from stocktake.bins.photos import prepare_photos
 from stocktake.bins.splits import Split
+from stocktake.cloud.request import ROOT
 from stocktake.config import ImageConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.calibration import Calibration, fit_calibration
@@ -204,9 +205,14 @@ def run_tags(config: ImageConfig, manifest: Manifest, stage: str) -> dict[str, s
     return {
         "stage": stage,
         "task": config.task,
-        "data.root": manifest.source.root,
+        "data.root": shown_root(manifest),
         "data.fingerprint": manifest.fingerprint,
     }
+
+
+def shown_root(manifest: Manifest) -> str:
+    """The root as whoever started this knows it: a training job reads it from a folder of its own."""
+    return os.environ.get(ROOT) or manifest.source.root
 
 
 def log_setting(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], manifest: Manifest) -> None:
@@ -225,9 +231,9 @@ def dataset_record(manifest: Manifest) -> DatasetRecord:
     profile = {"bins": len(manifest.bins), "set_aside": len(manifest.set_aside), "outside": manifest.outside}
     profile |= {f"{split}/{label}": n for split, label, n in manifest.counted()}
     return DatasetRecord(
-        name=Path(manifest.source.root).name or "bins",
+        name=Path(shown_root(manifest)).name or "bins",
         digest=manifest.fingerprint,
-        source=manifest.source.root,
+        source=shown_root(manifest),
         rows=len(manifest.bins),
         profile=profile,
     )
