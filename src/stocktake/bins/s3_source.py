@@ -1,6 +1,6 @@
 """Objects of an S3 prefix: the one place that knows the client behind it.
 
-The client is obstore (Rust): 9 times the objects a second of boto3 in 16 threads, for a tenth of the processor's time
+The client is obstore (Rust): 5 to 6 times the objects a second of boto3 in 16 threads, for a quarter of the CPU time
 (tests/benchmarks/ingest.py). It lets go of Python's lock, so that plain threads are enough.
 """
 
