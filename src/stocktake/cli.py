@@ -178,6 +178,8 @@ COMMANDS = {
 }
 ALIASES = {"main": "ladder", "train": "finetune"}
 _EXPERIMENT = "--experiment"
+_EXTRAS = {**dict.fromkeys(("boto3", "botocore", "obstore", "sagemaker", "webdataset"), "aws"), "moto": "rehearsal"}
+"""What brings a library that may be missing; the others come with serving and training."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -197,9 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except ModuleNotFoundError as error:
         if debug or (error.name or "stocktake").partition(".")[0] == "stocktake":
             raise
+        extras = _EXTRAS.get((error.name or "").partition(".")[0], "serving,training")
         print(
             f"stocktake: {' '.join(given[:1])} needs {error.name}, which is not installed: "
-            "pip install 'stocktake[serving,training]'",
+            f"pip install 'stocktake[{extras}]'",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -24,7 +24,7 @@ from stocktake.serving.counter import ENGINES, Counter
 
 COLUMN = "photo"
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow")
-"""What the model is loaded with, besides its engine: a part of the extra `serving`, in the versions it was saved with."""
+"""What the model is loaded with, besides its engine: part of the extra `serving`, in the versions it was saved with."""
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, COLUMN)]),
     outputs=Schema(
