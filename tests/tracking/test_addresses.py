@@ -46,6 +46,18 @@ def test_relative_addresses_become_absolute(tmp_path: Path) -> None:
     assert absolute("file:///runs") == "file:///runs"
 
 
+MANAGED = "arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server/bins"
+
+
+def test_a_managed_server_is_its_arn() -> None:
+    stores = resolve(TrackingConfig(uri=MANAGED))
+    assert stores.tracking == stores.registry == MANAGED
+    assert without_credentials(MANAGED) == redact(MANAGED) == MANAGED
+    for uri in (MANAGED.replace("eu-west-1", ""), MANAGED.rpartition("/")[0], "arn:aws:s3:::bucket"):
+        with pytest.raises(StocktakeError, match="is no managed MLflow"):
+            absolute(uri)
+
+
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "http://", "http://:5000"])
 def test_an_address_of_nothing_is_refused(uri: str) -> None:
     with pytest.raises(StocktakeError):

@@ -14,6 +14,7 @@ from stocktake.errors import StocktakeError
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SECRET_QUERY = re.compile(r"(?i)([?&;](?:password|passwd|pwd|token|api_?key|secret|sig)=)[^&;\s]+")
 _SQLITE = "sqlite:///"
+_MANAGED = re.compile(r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-(tracking-server|app)/[\w.-]+")
 
 
 def redact(text: str) -> str:
@@ -32,6 +33,11 @@ def without_credentials(uri: str) -> str:
 def is_http(uri: str) -> bool:
     """Whether a server stands behind the URI."""
     return uri.startswith(("http://", "https://"))
+
+
+def is_managed(uri: str) -> bool:
+    """Whether the URI is an ARN: of an MLflow that SageMaker runs, asked with AWS's signature."""
+    return uri.startswith("arn:")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,10 @@ def absolute(uri: str) -> str:
         return _SQLITE + str(_from_here(path)) + mark + query
     if uri.startswith("file:"):
         return _from_here(re.sub("^file:(//(localhost)?)?", "", uri)).as_uri()
+    if is_managed(uri) and not _MANAGED.fullmatch(uri):
+        raise StocktakeError(
+            f"{uri} is no managed MLflow: write arn:aws:sagemaker:REGION:ACCOUNT:mlflow-tracking-server/NAME"
+        )
     scheme = urlsplit(uri).scheme
     if not scheme and uri != "databricks":
         return _from_here(uri).as_uri()

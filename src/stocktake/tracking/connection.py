@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
-from stocktake.tracking.addresses import Stores, is_http, redact, sqlite_file
+from stocktake.tracking.addresses import Stores, is_http, is_managed, redact, sqlite_file
 
 PROBE_SECONDS = 3
 """How long a server may take to say that it is there, once it has failed."""
@@ -75,6 +76,8 @@ class Connection:
 
         Raises StocktakeError, within about 10 seconds, naming the URI and the ways out.
         """
+        if is_managed(self.stores.tracking) and importlib.util.find_spec("sagemaker_mlflow") is None:
+            raise StocktakeError(f"{self.shown} needs sagemaker-mlflow: pip install 'stocktake[aws]'")
         ways_out = "correct --tracking.uri, or pass --tracking.offline true and run `stocktake sync` later"
         if (trouble := self.trouble(timeout=5)) is not None:
             raise StocktakeError(f"the tracking server {self.shown} does not answer ({trouble}): start it, {ways_out}")
@@ -86,20 +89,29 @@ class Connection:
 
     def trouble(self, timeout: float = PROBE_SECONDS) -> str | None:
         """Why the server does not answer; None if it does, whatever it says, and for a store without a server."""
-        if not is_http(self.stores.tracking):
+        if not (is_http(self.stores.tracking) or is_managed(self.stores.tracking)):
             return None
-        from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request
 
         try:
             with self.bounded():
-                creds = get_default_host_creds(self.stores.tracking)  # type: ignore[no-untyped-call]
                 http_request(  # type: ignore[no-untyped-call]
-                    creds, "/health", "GET", max_retries=0, timeout=timeout, raise_on_status=False
+                    self._host(), "/health", "GET", max_retries=0, timeout=timeout, raise_on_status=False
                 )
         except Exception as error:
             return _cause(error)
         return None
+
+    def _host(self) -> Any:
+        """The server's address and how to ask it, in MLflow's words."""
+        if is_managed(self.stores.tracking):
+            from sagemaker_mlflow.host_creds import get_host_creds
+
+            _ = self.client  # the plugin signs for the address that MLflow was given last
+            return get_host_creds(self.stores.tracking)
+        from mlflow.utils.credentials import get_default_host_creds
+
+        return get_default_host_creds(self.stores.tracking)  # type: ignore[no-untyped-call]
 
     def due(self) -> bool:
         """Whether to try now: the store is well, or it is time to look again and it is back."""
