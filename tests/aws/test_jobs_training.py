@@ -6,13 +6,10 @@ import contextlib
 import datetime
 import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +25,11 @@ from stocktake.cloud.connection import Aws
 from stocktake.cloud.homecoming import bring_home
 from stocktake.cloud.jobs import Job
 from stocktake.config import EvaluateConfig, JobsConfig, SplitConfig, TrackingConfig
-from stocktake.tracking.addresses import Stores
-from stocktake.tracking.connection import Connection
 from stocktake.tracking.folder import RunFolder
 from stocktake.workflows.evaluate import evaluate
 from stocktake.workflows.jobs import jobs
 from tiny_bins import PLAIN_BACKBONE, TINY_SIZE, tiny_root
+from tracking_server import TrackingServer, lay_out_store
 
 __all__ = ["tiny_root"]
 pytestmark = [pytest.mark.aws, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -49,7 +45,6 @@ TINY = {
     "tracking.system_metrics": "false",
     "epochs": "3",
 }
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Proxy:
@@ -137,51 +132,20 @@ class Site:
 @pytest.fixture(scope="module")
 def site(rehearsal: RehearsalProcess, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
-    laid_out = tmp_path_factory.getbasetemp() / "laid-out.db"
-    if not laid_out.exists():
-        Connection(Stores(f"sqlite:///{laid_out}", f"sqlite:///{laid_out}")).open()
-    shutil.copy(laid_out, folder / "mlflow.db")
     for path in [*tiny_root.glob("bin-images/*"), *tiny_root.glob("metadata/*")]:
         rehearsal.put(f"tiny/{path.relative_to(tiny_root)}", path.read_bytes())
-    with pytest.MonkeyPatch.context() as patch, _server(folder) as port:
+    server = TrackingServer(folder / "server", lay_out_store(tmp_path_factory))
+    with pytest.MonkeyPatch.context() as patch, server:
         for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
             patch.delenv(name)
         for name, value in rehearsal.environment.items():
             patch.setenv(name, value)
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        patch.setenv("MLFLOW_TRACKING_URI", server.uri)
         patch.chdir(folder)
         before = mlflow.get_tracking_uri()
-        experiment = mlflow.MlflowClient(f"http://127.0.0.1:{port}").create_experiment("jobs")
-        yield Site(rehearsal, port, experiment, f"s3://{rehearsal.bucket}/tiny", folder / "workspace")
+        experiment = mlflow.MlflowClient(server.uri).create_experiment("jobs")
+        yield Site(rehearsal, server.port, experiment, f"s3://{rehearsal.bucket}/tiny", folder / "workspace")
         mlflow.set_tracking_uri(before)
-
-
-@contextlib.contextmanager
-def _server(folder: Path) -> Iterator[int]:
-    """`mlflow server` over the folder's database; its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/stored"]
-    own = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    own["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # half the processes to start
-    with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder, env=own)
-
-    def answers() -> bool:
-        assert process.poll() is None, (folder / "server.log").read_text()
-        with contextlib.suppress(OSError):
-            _direct.open(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            return True
-        return False
-
-    try:
-        eventually(answers)
-        yield port
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the group that was made above
-        process.wait()
 
 
 @pytest.fixture(scope="module")
