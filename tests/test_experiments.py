@@ -12,7 +12,7 @@ import yaml
 
 from stocktake.cli import ALIASES, COMMANDS, find_experiment, parse
 from stocktake.errors import StocktakeError
-from stocktake.workflows.tune import find_space, stage_config
+from stocktake.tuning.stages import find_space, stage_config
 
 REPOSITORY = Path(__file__).parents[1]
 SPACES = sorted((REPOSITORY / "experiments").glob("*.space.yaml"))

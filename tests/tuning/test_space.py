@@ -29,7 +29,8 @@ from stocktake.config import (
 from stocktake.errors import StocktakeError
 from stocktake.tuning.experiment import write_experiment
 from stocktake.tuning.settings import configure
-from stocktake.tuning.space import DEFAULT_SPACES, Choice, Range, Space, parse_space, read_space
+from stocktake.tuning.space import Choice, Range, Space, parse_space, read_space
+from stocktake.tuning.stages import DEFAULT_SPACES
 
 CONDITIONAL = """
 lr: {log_uniform: [1.0e-4, 3.0e-3]}

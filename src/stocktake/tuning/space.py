@@ -39,27 +39,6 @@ from stocktake.tuning.settings import (
     yaml_word,
 )
 
-DEFAULT_SPACES: dict[str, dict[str, Any]] = {
-    "finetune": {
-        "lr": {"log_uniform": [1e-4, 3e-3]},
-        "weight_decay": {"log_uniform": [1e-3, 0.3]},
-        "batch_size": {"categorical": [16, 32, 64]},
-        "epochs": {"integer": [4, 10]},
-        "training.freeze_epochs": {"integer": [0, 2]},
-    },
-    "frozen": {
-        "head.c": {"log_uniform": [1e-5, 1e-1]},
-        "head.class_weight": {"categorical": ["balanced", "none"]},
-        "image_size": {"categorical": [96, 128, 160]},
-    },
-    "classical": {
-        "classical.c": {"log_uniform": [0.1, 100.0]},
-        "classical.components": {"integer": [20, 200], "log": True},
-        "classical.pixels": {"categorical": [16, 32, 48]},
-    },
-}
-"""The space of a stage that is given none, as its YAML would hold it."""
-
 _KINDS = ("uniform", "log_uniform", "integer", "categorical")
 
 
@@ -112,22 +91,26 @@ class Choice:
     setting: str
     branches: tuple[tuple[Scalar, tuple[Dimension, ...]], ...]
 
+    @property
+    def choices(self) -> list[Scalar]:
+        """The values."""
+        return [choice for choice, _ in self.branches]
+
     def describe(self) -> dict[str, Any]:
         """As the YAML has it; choices in pairs with what holds under them, as JSON would turn keys into text."""
         return {"categorical": [[choice, _describe(inner)] for choice, inner in self.branches]}
 
     def suggest(self, trial: BaseTrial) -> Scalar:
         """The trial's value."""
-        chosen: Scalar = trial.suggest_categorical(self.name, [choice for choice, _ in self.branches])
+        chosen: Scalar = trial.suggest_categorical(self.name, self.choices)
         return chosen
 
     def find(self, value: object) -> list[Scalar]:
         """A known value as Optuna's, none if it is no choice; the choice that is exactly it goes before its text's."""
-        choices = [choice for choice, _ in self.branches]
         exact = [
-            choice for choice in choices if choice == value and isinstance(choice, bool) == isinstance(value, bool)
+            choice for choice in self.choices if choice == value and isinstance(choice, bool) == isinstance(value, bool)
         ]
-        return (exact or [choice for choice in choices if isinstance(value, str) and means(value, choice)])[:1]
+        return (exact or [choice for choice in self.choices if isinstance(value, str) and means(value, choice)])[:1]
 
     def under(self, chosen: Scalar) -> tuple[Dimension, ...]:
         """What holds under a choice."""
@@ -181,6 +164,12 @@ class Space:
             if isinstance(dimension, Choice):
                 waiting += dimension.under(found[0])
         return params
+
+    def highest(self, setting: str, least: float) -> float:
+        """The largest number that a setting can have in a trial, `least` at least."""
+        found = [one for one in self.all_dimensions() if one.setting == setting]
+        values = [value for one in found for value in ([one.high] if isinstance(one, Range) else one.choices)]
+        return max([least, *(float(value) for value in values if isinstance(value, int | float))])
 
     def all_dimensions(self) -> Iterator[Dimension]:
         """Every dimension, those that hold only under a choice too."""

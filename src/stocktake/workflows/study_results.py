@@ -17,13 +17,12 @@ from stocktake.tracking.runs import TrackedRun
 from stocktake.tuning.experiment import write_experiment
 from stocktake.tuning.figures import plot_study
 from stocktake.tuning.settings import configure
+from stocktake.tuning.stages import TRAINED_BY, StageConfig
 from stocktake.tuning.study import best_trial, pareto_front, trials_table
 from stocktake.workflows.rung import Bench, record_model
-from stocktake.workflows.trial import CHECKPOINT, StageConfig, StudyFolder
+from stocktake.workflows.trial import CHECKPOINT, StudyFolder
 
 BEST = "best.yaml"
-TRAINED_BY = {"finetune": "train", "frozen": "frozen", "classical": "classical"}
-"""The command that trains one model of a stage."""
 
 
 def record_study(run: TrackedRun, folder: StudyFolder, study: Study) -> None:

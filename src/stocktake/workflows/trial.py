@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
 from stocktake import ranks
 from stocktake.bins.photos import prepare_photos
-from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, TrackingConfig, TrialConfig
+from stocktake.config import FinetuneConfig, TrackingConfig, TrialConfig
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
 from stocktake.models.checkpoint import save_model
@@ -31,8 +31,9 @@ from stocktake.tracking.runs import TrackedRun
 from stocktake.training.fit import EpochVerdict
 from stocktake.tuning.settings import configure
 from stocktake.tuning.space import Space
+from stocktake.tuning.stages import STAGES, StageConfig
 from stocktake.tuning.storage import open_storage
-from stocktake.tuning.study import failure_kind, finish, load_study, make_pruner
+from stocktake.tuning.study import OBJECTIVES, failure_kind, finish, load_study, make_pruner
 from stocktake.workflows.classical import train_classical
 from stocktake.workflows.ddp import launch
 from stocktake.workflows.finetune import train_network
@@ -48,14 +49,6 @@ from stocktake.workflows.rung import (
     set_up,
     split_probabilities,
 )
-
-StageConfig: TypeAlias = FinetuneConfig | FrozenConfig | ClassicalConfig
-STAGES: dict[str, type[StageConfig]] = {
-    "finetune": FinetuneConfig,
-    "frozen": FrozenConfig,
-    "classical": ClassicalConfig,
-}
-"""What can be searched, and the config whose settings are varied."""
 
 CHECKPOINT = "checkpoint"
 """Where a completed trial's model lies in its run's artifacts."""
@@ -141,17 +134,9 @@ class StudyFolder:
 
     def load(self) -> Study:
         """The study, opened for this process."""
-        epochs = getattr(self.config, "epochs", 1)
-        for dimension in self.space.all_dimensions():
-            if dimension.setting == "epochs":
-                epochs = max(epochs, *_reach(dimension))
-        pruner = make_pruner(self.pruner, epochs, self.objectives)
+        epochs = self.space.highest("epochs", getattr(self.config, "epochs", 1))
+        pruner = make_pruner(self.pruner, int(epochs), self.objectives)
         return load_study(open_storage(self.storage), self.path.name, pruner)
-
-
-def _reach(dimension: Any) -> list[int]:
-    values = [choice for choice, _ in dimension.branches] if hasattr(dimension, "branches") else [dimension.high]
-    return [int(value) for value in values]
 
 
 def trial(config: TrialConfig) -> None:
@@ -241,7 +226,7 @@ def _run(folder: StudyFolder, trial: Trial | None, number: int, bench: Bench) ->
     with own_run(config, name, tags, parent=folder.path, reopen=reopen) as run:
         if trial is None:
             with _silent():
-                return _train(run, folder, config, None, bench)
+                return train_trial(run, folder.stage, config, None, bench, folder.objectives)
         trial.set_user_attr("folder", run.folder.name)
         if run.run_id:
             trial.set_user_attr("run", run.run_id)
@@ -249,7 +234,7 @@ def _run(folder: StudyFolder, trial: Trial | None, number: int, bench: Bench) ->
         word = "interrupted"
         try:
             with (run.artifacts / "log.txt").open("a", encoding="utf-8", buffering=1) as log, redirect_stdout(log):
-                state, values = _train(run, folder, config, trial, bench)
+                state, values = train_trial(run, folder.stage, config, trial, bench, folder.objectives)
                 word = state.name.lower()
         except Exception:
             word = "failed"
@@ -265,21 +250,33 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _train(
-    run: TrackedRun, folder: StudyFolder, config: StageConfig, trial: Trial | None, bench: Bench
+def train_trial(
+    run: TrackedRun,
+    stage: str,
+    config: StageConfig,
+    trial: Trial | None,
+    bench: Bench,
+    objectives: tuple[str, ...] = OBJECTIVES[:1],
 ) -> tuple[TrialState, list[float] | None]:
+    """Train, evaluate on val and keep the model, never looking at test.
+
+    The processes of a distributed job call this together; the first one has the trial, if there is a study at all.
+
+    Returns:
+        COMPLETE with a value an objective, or PRUNED.
+    """
     with ranks.leaders_first():
         photos = prepare_photos(bench.manifest.source, bench.manifest.bins, config.image_size, Path(config.workspace))
     bench = dataclasses.replace(bench, photos=photos)
     verdict = Verdict(trial, getattr(config, "epochs", 1))
-    model = _TRAIN[folder.stage](run, config, bench, verdict)
+    model = _TRAIN[stage](run, config, bench, verdict)
     if ranks.broadcast(verdict.pruned):
         run.set_tags({"trial.reason": verdict.reason})
         return TrialState.PRUNED, None
     probabilities = split_probabilities(model, bench, "val", getattr(config, "batch_size", 64))
     metrics = report_split(run, model, config, bench, "val", probabilities)
     values = [metrics["val/macro_f1"]]
-    if "latency_ms" in folder.objectives:
+    if "latency_ms" in objectives:
         metrics["latency_ms"] = ranks.from_first(lambda: measure_latency(model, bench))
         values.append(metrics["latency_ms"])
     run.log_metrics(metrics, step=verdict.epoch + 1)

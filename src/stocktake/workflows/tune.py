@@ -19,7 +19,8 @@ from stocktake.tracking.backlog import end_run
 from stocktake.tracking.folder import KILLED, RUNNING, RunFolder
 from stocktake.tracking.history import best_settings
 from stocktake.tracking.runs import TrackedRun, start_run
-from stocktake.tuning.space import DEFAULT_SPACES, Space, parse_space, read_space
+from stocktake.tuning.space import Space
+from stocktake.tuning.stages import STAGES, StageConfig, choose_pruner, find_space, stage_config
 from stocktake.tuning.storage import open_storage
 from stocktake.tuning.study import (
     OBJECTIVES,
@@ -31,7 +32,7 @@ from stocktake.tuning.study import (
 )
 from stocktake.workflows.rung import log_setting, run_tags, set_up
 from stocktake.workflows.study_results import record_best, record_study, settings_in_words
-from stocktake.workflows.trial import STAGES, StageConfig, StudyFolder
+from stocktake.workflows.trial import StudyFolder
 from stocktake.workflows.trial_workers import TrialWorkers
 
 _TRIALS = 20
@@ -79,35 +80,9 @@ def tune(config: TuneConfig) -> dict[str, float]:
         return record_best(run, folder, study, bench)
 
 
-def find_space(given: str | None, stage: str, config: StageConfig) -> Space:
-    """The search space of a file, or the stage's own.
-
-    Raises:
-        StocktakeError: no such file, or no space over the stage's settings.
-    """
-    if given is None:
-        return parse_space(DEFAULT_SPACES[stage], config, f"the space of {stage}")
-    for path in (Path(given), Path("experiments") / f"{given}.space.yaml"):
-        if path.is_file():
-            return read_space(path, config)
-    there = ", ".join(
-        sorted(path.name.removesuffix(".space.yaml") for path in Path("experiments").glob("*.space.yaml"))
-    )
-    raise StocktakeError(f"--space {given}: no such file; in experiments/ there are: {there or 'none'}")
-
-
-def stage_config(config: TuneConfig) -> StageConfig:
-    """The config of what is searched: what all trials have in common."""
-    kind = STAGES[config.stage]
-    names = {field.name for field in dataclasses.fields(kind)} - {"resume"}
-    return kind(**{name: getattr(config, name) for name in names})
-
-
 def _begun(run: TrackedRun, config: TuneConfig, base: StageConfig, space: Space) -> StudyFolder:
     objectives = OBJECTIVES[: len(config.objectives)]
-    pruner = config.pruner
-    if pruner == "auto":
-        pruner = "asha" if config.stage == "finetune" and len(objectives) == 1 else "none"
+    pruner = choose_pruner(config)
     make_pruner(pruner, 1, objectives)  # refuses what does not go together
     folder = StudyFolder(
         path=run.folder,
