@@ -4,6 +4,7 @@ set -e
 base=${SAGEMAKER_BASE_DIR:-/opt/ml}
 python=${STOCKTAKE_PYTHON:-python}
 needed='torch torchvision pytorch_lightning mlflow jsonargparse onnx openvino lmdb safetensors'
+case ${MLFLOW_TRACKING_URI:-} in arn:*) needed="$needed sagemaker_mlflow" ;; esac
 if ! "$python" -c "import importlib.util as u, sys; sys.exit(any(not u.find_spec(n) for n in '$needed'.split()))"; then
     echo 'installing requirements.lock'
     "$python" -m pip install --quiet --no-input --require-hashes -r "$base/code/requirements.lock" || {

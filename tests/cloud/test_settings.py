@@ -46,6 +46,7 @@ def test_spot_waits_an_hour_by_default() -> None:
         ({"spot": True, "keep_alive_seconds": 60}, "spot machines cannot be kept warm"),
         ({"keep_alive_seconds": 30_000}, "keep_alive_seconds 30000 must be from 0 to 21600"),
         ({"tracking_uri": "sqlite:///mlflow.db"}, "a job reaches http(s) servers and SageMaker ARNs only"),
+        ({"tracking_uri": "arn:aws:sagemaker:us-east-1:1:x/y"}, "is no managed MLflow: write arn:aws:sagemaker:REGION"),
         ({"role": "admin"}, "role 'admin' must be a role's ARN"),
         ({"role": None}, "role null must be of type str"),
         ({"bucket": "some-bucket"}, "bucket 'some-bucket' must be s3://bucket/prefix"),

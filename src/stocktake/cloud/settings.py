@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stocktake.errors import StocktakeError
+from stocktake.tracking.addresses import absolute
 
 _MLFLOW = {"ENV_MANAGER", "SYNCHRONOUS", "DOCKER_ARGS", "STORAGE_DIR", "build_image", "docker_auth"}
 """What MLflow itself adds to every backend's settings."""
@@ -98,6 +99,8 @@ class JobSettings:
             raise StocktakeError(
                 f"tracking_uri {self.tracking_uri!r}: a job reaches http(s) servers and SageMaker ARNs only"
             )
+        if self.tracking_uri is not None:
+            absolute(self.tracking_uri)  # its form
 
     @property
     def wait_seconds(self) -> int | None:
