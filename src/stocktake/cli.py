@@ -104,6 +104,12 @@ COMMANDS = {
         ("stocktake trial --study workspace/runs/tune-1a2b3c --number 3",),
         is_distributed=True,
     ),
+    "remote_trial": Command(
+        config.RemoteTrialConfig,
+        "remote_trial:remote_trial",
+        ("stocktake remote_trial --stage frozen --root ../bins --image_size 96 --tracking.offline true",),
+        is_distributed=True,
+    ),
     "evaluate": Command(
         config.EvaluateConfig,
         "evaluate:evaluate",
@@ -171,6 +177,7 @@ COMMANDS = {
         (
             "stocktake jobs",
             "stocktake jobs --follow stocktake-finetune-20260131-101502-1a2b3c",
+            "stocktake jobs --follow stocktake-tune-260131-101502-1a2",
             "stocktake jobs --stop stocktake-finetune-20260131-101502-1a2b3c",
         ),
     ),

@@ -11,8 +11,9 @@ from typing import Any, cast
 import pytest
 from botocore.exceptions import ClientError
 
-from stocktake.cloud import submission
+from stocktake.cloud import watch
 from stocktake.cloud.connection import Aws
+from stocktake.cloud.homecoming import Arrival
 from stocktake.cloud.jobs import Job, Logs, follow
 from stocktake.config import TrackingConfig
 
@@ -92,17 +93,17 @@ def test_ctrl_c_asks_on_a_terminal_and_stops_elsewhere(
             raise KeyboardInterrupt
         return Job(described("Stopped"))
 
-    monkeypatch.setattr(submission, "follow", follow_until_interrupted)
-    monkeypatch.setattr(submission, "bring_home", lambda *_: submission.Arrival((), None, "KILLED"))
-    monkeypatch.setattr(submission, "stop", lambda _aws, name: aws.stopped.append(name))
+    monkeypatch.setattr(watch, "follow", follow_until_interrupted)
+    monkeypatch.setattr(watch, "bring_home", lambda *_: Arrival((), None, "KILLED"))
+    monkeypatch.setattr(watch, "stop_job", lambda _aws, name: aws.stopped.append(name))
     if answer is not None:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
         monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True, write=print, flush=lambda: None))
         monkeypatch.setattr("builtins.input", lambda _question: answer)
-        monkeypatch.setattr(submission, "say", lambda _line: None)
-    _, arrival = submission.watch(cast(Aws, aws), NAME, tmp_path, TrackingConfig(), None)
+        monkeypatch.setattr(watch, "say", lambda _line: None)
+    ended = watch.watch(cast(Aws, aws), NAME, tmp_path, TrackingConfig(), None)
     assert aws.stopped == ([NAME] if stops else [])
-    assert (arrival is not None) == stops
+    assert (ended is not None) == stops
 
 
 def test_what_a_job_says_of_itself() -> None:

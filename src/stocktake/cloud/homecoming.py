@@ -10,7 +10,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from stocktake.tracking.folder import FAILED, FINISHED, KILLED, RUNNING, RunFold
 LIVE, WITH_OUTPUT = "live", "with the job's output"
 RUNS = "runs"
 _ARCHIVE_PRECISION = 1_000_000_000  # nanoseconds
-_ENDS = {COMPLETED: FINISHED, JOB_FAILED: FAILED}
+RUN_STATES = {COMPLETED: FINISHED, JOB_FAILED: FAILED}
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,28 @@ def bring_home(
     tracking: TrackingConfig,
     prices: Prices | None,
     say: Callable[[str], None],
+    *,
+    run_id: str | None = None,
+    more_tags: Mapping[str, str] | None = None,
 ) -> Arrival:
     """Bring an ended job's results home. To be repeated at will: what is here already stays.
+
+    Args:
+        aws: where the job is.
+        job: it has ended.
+        workspace: its run folders come to runs/ in here.
+        tracking: the store.
+        prices: for the tags.
+        say: takes a line about what needs to be known.
+        run_id: MLflow's run that a job's folder goes to which was given none: a trial's.
+        more_tags: of the run.
 
     Raises:
         StocktakeError: S3 refuses; the job's run in MLflow keeps what it has.
     """
-    status = _ENDS.get(job.status, KILLED)
-    tags = job_tags(aws, job, prices)
+    status = RUN_STATES.get(job.status, KILLED)
+    tags = job_tags(aws, job, prices) | dict(more_tags or {})
+    run_id = run_id or job.run_id
     runs = workspace / RUNS
     runs.mkdir(parents=True, exist_ok=True)
     folders, how = [], None
@@ -71,7 +85,10 @@ def bring_home(
         for name in _fetch(aws, job, staging):
             folder = RunFolder.open(staging / name)
             _restore_times(folder)
-            if folder.state.attach_run_id == job.run_id:
+            if folder.state.attach_run_id is None and folder.state.parent is None:
+                folder.state.attach_run_id = run_id
+                folder.save()
+            if folder.state.attach_run_id == run_id:
                 how = WITH_OUTPUT if folder.pending() else how or LIVE
                 if folder.state.status == RUNNING and status != FINISHED:  # killed before it could write its end
                     folder.finish(status, _why(job))
@@ -86,7 +103,7 @@ def bring_home(
                 path.rename(runs / path.name)
         if counts["pending"]:
             say(f"some of it could not be uploaded: `stocktake sync --workspace {workspace}` does so later")
-    _end_run(job, tracking, status, tags, how, say)
+    _end_run(job, run_id, tracking, status, tags, how, say)
     return Arrival(tuple(folders), how, status)
 
 
@@ -159,7 +176,8 @@ def _fetch_checkpoints(aws: Aws, job: Job, staging: Path) -> None:
     place = (job.description.get("CheckpointConfig") or {}).get("S3Uri")
     if not place:
         return
-    bucket, prefix = split_uri(f"{place.rstrip('/')}/{RUNS}/")
+    own = f"{job.name}/" if job.description.get("TuningJobArn") else ""  # trials share one place
+    bucket, prefix = split_uri(f"{place.rstrip('/')}/{own}{RUNS}/")
     with plainly_told(f"the checkpoints of {job.name}"):
         for page in aws.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", []):
@@ -190,6 +208,7 @@ def _download(aws: Aws, bucket: str, key: str, path: Path) -> bool:
 
 def _end_run(
     job: Job,
+    run_id: str | None,
     tracking: TrackingConfig,
     status: str,
     tags: dict[str, str],
@@ -197,17 +216,17 @@ def _end_run(
     say: Callable[[str], None],
 ) -> None:
     """The MLflow run's state follows the job's, also where no folder came home."""
-    if job.run_id is None:
+    if run_id is None:
         return
     connection = Connection(resolve(tracking))
     try:
         with connection.bounded():
             client = connection.client
-            info = client.get_run(job.run_id).info
+            info = client.get_run(run_id).info
             if how is None:
                 for name, value in (tags | ({} if status == FINISHED else {"failure": _why(job)})).items():
-                    client.set_tag(job.run_id, name, value)
+                    client.set_tag(run_id, name, value)
             if info.status != status:
-                client.set_terminated(job.run_id, status)
+                client.set_terminated(run_id, status)
     except (Exception, StocktakeError) as error:
-        say(f"the run {job.run_id} could not be brought up to date in {connection.shown}: {brief(error)}")
+        say(f"the run {run_id} could not be brought up to date in {connection.shown}: {brief(error)}")

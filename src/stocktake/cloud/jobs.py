@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -11,12 +13,13 @@ from typing import Any
 from urllib.parse import quote
 
 from stocktake.cloud.connection import Aws, plainly_told
-from stocktake.cloud.request import PREFIX, RUN
+from stocktake.cloud.request import PREFIX, RUN, TUNING_NAME
 from stocktake.errors import StocktakeError
 
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
 ENDED = (COMPLETED, FAILED, STOPPED)
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+_TRIAL = re.compile(rf"{TUNING_NAME}-\d+-")
 _POLL_SECONDS = 1.0
 _QUIET_LOOKS = 2
 """Logs may lag behind the job: at its end, look until nothing came this often."""
@@ -57,8 +60,7 @@ class Job:
     @property
     def failure(self) -> str | None:
         """Why it failed, in a line."""
-        reason = self.description.get("FailureReason")
-        return " ".join(str(reason).split())[:1000] if reason else None
+        return shortened(self.description.get("FailureReason"))
 
     @property
     def instance_type(self) -> str:
@@ -88,7 +90,7 @@ class Job:
     @property
     def created(self) -> datetime.datetime:
         """When it was submitted."""
-        return _moment(self.description["CreationTime"])
+        return moment(self.description["CreationTime"])
 
     @property
     def billed_seconds(self) -> float | None:
@@ -96,19 +98,11 @@ class Job:
         if (billed := self.description.get("BillableTimeInSeconds")) is not None:
             return float(billed)
         began, ended = self.description.get("TrainingStartTime"), self.description.get("TrainingEndTime")
-        return (_moment(ended) - _moment(began)).total_seconds() if began and ended else None
+        return (moment(ended) - moment(began)).total_seconds() if began and ended else None
 
     def log_link(self, region: str) -> str:
-        """The job's logs in the AWS console, whose addresses quote twice, with $ for %."""
-
-        def quoted(text: str) -> str:
-            return quote(quote(text, safe=""), safe="").replace("%", "$")
-
-        filtered = "$3FlogStreamNameFilter$3D" + quoted(f"{self.name}/")
-        return (
-            f"https://{region}.console.aws.amazon.com/cloudwatch/home?region={region}"
-            f"#logsV2:log-groups/log-group/{quoted(LOG_GROUP)}{filtered}"
-        )
+        """The job's logs in the AWS console."""
+        return log_link(region, f"{self.name}/")
 
 
 def describe(aws: Aws, name: str) -> Job:
@@ -118,13 +112,15 @@ def describe(aws: Aws, name: str) -> Job:
 
 
 def newest(aws: Aws, limit: int) -> list[Job]:
-    """Our jobs, newest first."""
+    """Our jobs, newest first, without the trials of tuning jobs."""
     with plainly_told("the list of jobs"):
         pages = aws.sagemaker.get_paginator("list_training_jobs").paginate(
-            NameContains=PREFIX, SortBy="CreationTime", SortOrder="Descending", PaginationConfig={"MaxItems": limit}
+            NameContains=PREFIX, SortBy="CreationTime", SortOrder="Descending"
         )
-        names = [one["TrainingJobName"] for page in pages for one in page["TrainingJobSummaries"]]
-    jobs = [describe(aws, name) for name in names if name.startswith(PREFIX)][:limit]
+        listed = (one["TrainingJobName"] for page in pages for one in page["TrainingJobSummaries"])
+        ours = (name for name in listed if name.startswith(PREFIX) and not _TRIAL.match(name))
+        names = [*itertools.islice(ours, limit)]
+    jobs = [describe(aws, name) for name in names]
     return sorted(jobs, key=lambda job: job.created, reverse=True)
 
 
@@ -207,6 +203,24 @@ def follow(aws: Aws, name: str, say: Callable[[str], None], *, poll_seconds: flo
         time.sleep(poll_seconds)
 
 
-def _moment(given: datetime.datetime) -> datetime.datetime:
+def log_link(region: str, beginning: str) -> str:
+    """The log streams of a beginning in the AWS console, whose addresses quote twice, with $ for %."""
+
+    def quoted(text: str) -> str:
+        return quote(quote(text, safe=""), safe="").replace("%", "$")
+
+    filtered = "$3FlogStreamNameFilter$3D" + quoted(beginning)
+    return (
+        f"https://{region}.console.aws.amazon.com/cloudwatch/home?region={region}"
+        f"#logsV2:log-groups/log-group/{quoted(LOG_GROUP)}{filtered}"
+    )
+
+
+def shortened(reason: object) -> str | None:
+    """A reason in a line; None for none."""
+    return " ".join(str(reason).split())[:1000] if reason else None
+
+
+def moment(given: datetime.datetime) -> datetime.datetime:
     """With a time zone, which a stand-in for AWS may leave out."""
     return given if given.tzinfo else given.replace(tzinfo=datetime.UTC)

@@ -64,9 +64,11 @@ class Shelf:
         self._put_once(prefix + SOURCE, source)
         return prefix
 
-    def put_files(self, files: Mapping[str, Path]) -> str:
-        """The prefix that holds these files, by their names."""
-        contents = {name: path.read_bytes() for name, path in sorted(files.items())}
+    def put_files(self, files: Mapping[str, Path | bytes]) -> str:
+        """The prefix that holds these files, or contents, by their names."""
+        contents = {
+            name: file if isinstance(file, bytes) else file.read_bytes() for name, file in sorted(files.items())
+        }
         digest = _digest(part for name, content in contents.items() for part in (name.encode(), content))
         prefix = f"{self._place}/files/{digest}/"
         for name, content in contents.items():

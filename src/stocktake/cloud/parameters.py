@@ -7,17 +7,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stocktake import cli
 from stocktake.cloud.settings import JobSettings
 from stocktake.errors import StocktakeError
 
+if TYPE_CHECKING:  # it brings optuna
+    from stocktake.cloud.search import Search
+
 COMMAND = "command"
 """The hyperparameter that names the command."""
 CHANNEL = "channel:"
 """Begins the value of a hyperparameter that is a file of a channel: channel:files/NAME."""
-JOBS = ("ladder", "eda", "majority", "classical", "frozen", "finetune", "ddp")
+TUNE = "tune"
+JOBS = ("ladder", "eda", "majority", "classical", "frozen", "finetune", "ddp", TUNE)
+SPACE = "search-space.json"
+"""The search's space, in the channel `files`."""
 _DISTRIBUTED = ("finetune", "ddp")
 _FILES = ("list", "weights")
 _ELSEWHERE = {
@@ -41,8 +47,12 @@ class Parameters:
     """As it was given: s3://, a folder, or none for the synthetic one."""
     workspace: Path
     """Where the run folder comes home to."""
-    files: dict[str, Path] = field(default_factory=dict)
-    """Files of this machine that the job needs, by their names in the channel `files`."""
+    files: dict[str, Path | bytes] = field(default_factory=dict)
+    """Files of this machine that the job needs, or their content, by their names in the channel `files`."""
+    given_paths: dict[str, str] = field(default_factory=dict)
+    """Settings that are paths, as they were given: the job has others."""
+    search: Search | None = None
+    """What a tuning job is to do; None for a training job."""
 
 
 def read_parameters(
@@ -57,7 +67,7 @@ def read_parameters(
     if command not in JOBS:
         raise StocktakeError(f"-e {entry_point} does not run as a job: those that do are {', '.join(JOBS)}")
     for name, reason in _ELSEWHERE.items():
-        if name in parameters:
+        if name in parameters and not (command == TUNE and name == "resume"):
             raise StocktakeError(f"-P {name} cannot be given to a job: {reason}")
     with contextlib.chdir(project):
         config = cli.parse(command, [word for name, value in parameters.items() for word in (f"--{name}", value)])
@@ -65,38 +75,66 @@ def read_parameters(
     given.pop("experiment", None)
     given.pop("root", None)
     given.pop("workspace", None)
-    if command not in _DISTRIBUTED and settings.instance_count > 1:
+    trained = config.stage if command == TUNE else command
+    if trained not in _DISTRIBUTED and settings.instance_count > 1:
         raise StocktakeError(
-            f"instance_count {settings.instance_count}: {command} runs on one machine; {' and '.join(_DISTRIBUTED)} "
+            f"instance_count {settings.instance_count}: {trained} runs on one machine; {' and '.join(_DISTRIBUTED)} "
             "on several"
         )
-    if command in _DISTRIBUTED:
-        config.check_batch(settings.instance_count * getattr(config, "nproc", 1))
-    files = {}
+    if settings.warm_start and command != TUNE:
+        raise StocktakeError(f"warm_start in the backend config is for -e {TUNE}: leave it out")
+    processes = settings.instance_count * getattr(config, "nproc", 1)
+    files: dict[str, Path | bytes] = {}
+    search = None
+    if command == TUNE:
+        from stocktake.cloud.search import OF_THE_SEARCH, check_batches, read_search
+
+        with contextlib.chdir(project):
+            search = read_search(config, parameters)
+        if trained in _DISTRIBUTED:
+            check_batches(config, search.space, processes)
+        files[SPACE] = search.space.to_json().encode()
+        given = {name: value for name, value in given.items() if name not in OF_THE_SEARCH}
+    elif command in _DISTRIBUTED:
+        config.check_batch(processes)
+    given_paths = {"root": config.root} if config.root else {}
     for name in _FILES:
         path = project / str(getattr(config, name, None) or "")
         with contextlib.suppress(OSError):  # such as a name that no file can have
             if path.is_file():
-                files[path.name] = path
+                files[path.name], given_paths[name] = path, str(getattr(config, name))
                 given[name] = f"{CHANNEL}files/{path.name}"
         if name == "list" and config.list and path.name not in files:
             raise StocktakeError(f"--list {config.list} cannot be read: there is no such file in {project}")
-    return Parameters(command, {COMMAND: command, **given}, config.root, project / config.workspace, files)
+    return Parameters(
+        command, {COMMAND: command, **given}, config.root, project / config.workspace, files, given_paths, search
+    )
 
 
 def as_arguments(hyperparameters: Mapping[str, str], data: Path) -> tuple[str, list[str]]:
-    """The command and its arguments, in the job.
+    """The command and its arguments, in the job. A training job of a tuning job is one trial of it.
 
     Args:
         hyperparameters: of the job; what SageMaker's tuner adds begins with an underscore and is left out.
         data: folder of the input channels.
 
     Raises:
-        StocktakeError: no command is among them.
+        StocktakeError: no command is among them, or what the tuner has chosen is not of the search's space.
     """
     command = hyperparameters.get(COMMAND, "")
     if command not in JOBS:
         raise StocktakeError(f"the hyperparameter {COMMAND} is {command!r}: it must be one of {', '.join(JOBS)}")
+    chosen: list[str] = []
+    if command == TUNE:
+        from stocktake.cloud.search import as_options, chosen_settings, names
+        from stocktake.tuning.space import Space
+
+        space = Space.from_json((data / "files" / SPACE).read_text(encoding="utf-8"))
+        settings = chosen_settings(space, hyperparameters)
+        chosen = as_options(hyperparameters.get("stage", "finetune"), settings)
+        tuned = names(space)
+        hyperparameters = {name: value for name, value in hyperparameters.items() if name not in tuned}
+        command = "remote_trial"
     arguments = []
     for name, value in hyperparameters.items():
         if name == COMMAND or name.startswith(("_", "sagemaker_")):
@@ -104,7 +142,7 @@ def as_arguments(hyperparameters: Mapping[str, str], data: Path) -> tuple[str, l
         if value.startswith(CHANNEL):
             value = str(data / value.removeprefix(CHANNEL))
         arguments += [f"--{name}", value]
-    return command, arguments
+    return command, [*arguments, *chosen]
 
 
 def _experiment(parameters: Mapping[str, str], command: str) -> dict[str, str]:

@@ -11,22 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import RunStatus
 from mlflow.exceptions import ExecutionException
 from mlflow.projects.backend.abstract_backend import AbstractBackend
 from mlflow.projects.submitted_run import SubmittedRun
 from mlflow.projects.utils import fetch_and_validate_project, get_or_create_run
 from mlflow.tracking import MlflowClient
 
-from stocktake.cloud.homecoming import job_tags
-from stocktake.cloud.jobs import COMPLETED, Job, describe, stop
+from stocktake.cloud.homecoming import RUN_STATES
+from stocktake.cloud.jobs import COMPLETED, Job
 from stocktake.cloud.prices import told
 from stocktake.cloud.settings import read_settings
-from stocktake.cloud.submission import Submission, git_commit, prepare, say, tell_estimate, watch
+from stocktake.cloud.submission import Submission, git_commit, prepare, tell_estimate
+from stocktake.cloud.tuning_jobs import TuningJob
+from stocktake.cloud.watch import find_job, say, stop_job, watch
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-
-_STATES = {"Completed": RunStatus.FINISHED, "Failed": RunStatus.FAILED, "Stopped": RunStatus.KILLED}
+from stocktake.tracking.folder import KILLED, RUNNING
 
 
 class SubmittedJob(SubmittedRun):
@@ -38,7 +38,7 @@ class SubmittedJob(SubmittedRun):
         self._submission = submission
         self._run_id = run_id
         self._tracking = tracking
-        self._ended: Job | None = None
+        self._ended: Job | TuningJob | None = None
 
     @property
     def run_id(self) -> str:
@@ -53,14 +53,14 @@ class SubmittedJob(SubmittedRun):
     def wait(self) -> bool:
         """Follow the job to its end and bring its results home; whether it completed."""
         if self._ended is None:
-            job, arrival = watch(
+            job = watch(
                 self._submission.aws,
                 self.job_name,
                 self._submission.parameters.workspace,
                 self._tracking,
                 self._submission.prices,
             )
-            if arrival is None:
+            if job is None:
                 return True
             self._ended = job
         return self._ended.status == COMPLETED
@@ -68,22 +68,22 @@ class SubmittedJob(SubmittedRun):
     @property
     def reason(self) -> str:
         """What to say of a job that did not complete."""
-        job = self._ended or describe(self._submission.aws, self.job_name)
+        job = self._ended or find_job(self._submission.aws, self.job_name)
         return f"{job.name} {job.status}{f': {job.failure}' if job.failure else ''}"
 
     def get_status(self) -> str:
         """MLflow's word for the job's state."""
-        state = describe(self._submission.aws, self.job_name).status
-        return str(RunStatus.to_string(_STATES.get(state, RunStatus.RUNNING)))
+        job = find_job(self._submission.aws, self.job_name)
+        return RUN_STATES.get(job.status, KILLED) if job.has_ended else RUNNING
 
     def cancel(self) -> None:
         """Stop the job and wait for its end."""
-        stop(self._submission.aws, self.job_name)
+        stop_job(self._submission.aws, self.job_name)
         self.wait()
 
 
 class SageMakerBackend(AbstractBackend):
-    """Submits an entry point as a training job."""
+    """Submits an entry point as a training job, `tune` as a tuning job."""
 
     def run(
         self,
@@ -125,16 +125,16 @@ class SageMakerBackend(AbstractBackend):
         client = MlflowClient()
         client.set_tag(run_id, "mlflow.project.backend", "sagemaker")
         try:
-            job = submission.send(run_id)
+            tags = submission.send(run_id)
         except BaseException as error:
             client.set_tag(run_id, "failure", " ".join(str(error).split())[:5000])
             client.set_terminated(run_id, "FAILED")
             raise
-        tags = job_tags(submission.aws, job, submission.prices)
         if commit := git_commit(submission.project):
             tags["git.commit"] = commit
         if (most := submission.estimate()[1]) is not None:
             tags["job.cost_at_most"] = told(most)
-        for name, value in tags.items():
-            client.set_tag(run_id, name, value)
-        say(f"submitted {job.name}, MLflow run {run_id}; follow it with `stocktake jobs --follow {job.name}`")
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+        name = submission.name
+        say(f"submitted {name}, MLflow run {run_id}; follow it with `stocktake jobs --follow {name}`")

@@ -1,4 +1,4 @@
-"""The one place where the request for a training job is put together, and checked by AWS's own rules."""
+"""The one place where requests for training and tuning jobs are put together, and checked by AWS's own rules."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from stocktake.cloud.parameters import COMMAND, Parameters
+from stocktake.cloud.parameters import Parameters
 from stocktake.cloud.settings import JobSettings
 from stocktake.errors import StocktakeError
 
 PREFIX = "stocktake-"
 """Begins the names of our jobs."""
+TUNING_NAME = rf"{PREFIX}tune-\d{{6}}-\d{{6}}-[0-9a-f]{{3}}"
+"""Tuning jobs' names; those of their training jobs go on with a hyphen and a number."""
 BINS, CODE, FILES = "bins", "code", "files"
 ROOT, RUN = "STOCKTAKE_ROOT", "MLFLOW_RUN_ID"
+GIVEN = {"root": ROOT, "list": "STOCKTAKE_LIST", "weights": "STOCKTAKE_WEIGHTS"}
+"""Settings that are paths, and the variables by which a job knows them as whoever has started it does."""
 HOSTS = "STOCKTAKE_HOSTS"
+# What deploy/container/training/train does in an image of ours: this way a job runs in any image with Python.
 _START = (
     "d=${SAGEMAKER_BASE_DIR:-/opt/ml}; mkdir -p $d/code && tar -xzf $d/input/data/code/source.tar.gz -C $d/code "
     "&& exec sh $d/code/deploy/start_job.sh"
 )
 _OWN_DISK = ("ml.g4dn.", "ml.g5.", "ml.g6", "ml.p4", "ml.p5", "ml.trn")
 """Machines whose local disk is encrypted by itself and takes no key."""
+_DEFINITION, _SEARCH = "TrainingJobDefinition.", "HyperParameterTuningJobConfig."
 _SETTING = {
     "RoleArn": "role",
     "AlgorithmSpecification.TrainingImage": "image",
@@ -34,6 +40,11 @@ _SETTING = {
     "VpcConfig.SecurityGroupIds": "security_groups",
     "Tags": "tags",
     "HyperParameters": "-P",
+    "StaticHyperParameters": "-P",
+    f"{_SEARCH}ParameterRanges": "-P space",
+    f"{_SEARCH}ResourceLimits.MaxNumberOfTrainingJobs": "-P trials",
+    f"{_SEARCH}ResourceLimits.MaxParallelTrainingJobs": "-P workers",
+    "WarmStartConfig": "warm_start",
     "Environment": "environment",
 }
 
@@ -75,11 +86,26 @@ def training_job(
     Raises:
         StocktakeError: AWS would refuse it; names the setting.
     """
-    variables = {RUN: run_id, HOSTS: str(settings.instance_count), "PYTHONUNBUFFERED": "1"}
-    if parameters.root:
-        variables[ROOT] = parameters.root
+    variables = {RUN: run_id}
     if tracking_uri is not None and not settings.network_isolation:
         variables["MLFLOW_TRACKING_URI"] = tracking_uri
+    request = definition(settings, parameters, inputs, variables) | {
+        "TrainingJobName": name,
+        "HyperParameters": parameters.hyperparameters,
+        "CheckpointConfig": {"S3Uri": f"{settings.place}/checkpoints/{name}"},
+        "Tags": tags_of(settings, parameters),
+    }
+    request["AlgorithmSpecification"] |= {"ContainerEntrypoint": ["/bin/sh", "-c"], "ContainerArguments": [_START]}
+    check_request(request)
+    return request
+
+
+def definition(
+    settings: JobSettings, parameters: Parameters, inputs: Inputs, variables: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a training job is, whether it is asked for alone or by a tuning job."""
+    own = {HOSTS: str(settings.instance_count), "PYTHONUNBUFFERED": "1", **variables}
+    own |= {GIVEN[name]: path for name, path in parameters.given_paths.items()}
     kms = settings.kms_key
     resources: dict[str, Any] = {
         "InstanceType": settings.instance_type,
@@ -93,41 +119,38 @@ def training_job(
     stopping = {"MaxRuntimeInSeconds": settings.max_run_seconds}
     if settings.wait_seconds:
         stopping["MaxWaitTimeInSeconds"] = settings.wait_seconds
-    request: dict[str, Any] = {
-        "TrainingJobName": name,
+    defined: dict[str, Any] = {
         "RoleArn": settings.role,
-        "AlgorithmSpecification": {
-            "TrainingImage": settings.image,
-            "TrainingInputMode": "File",
-            "ContainerEntrypoint": ["/bin/sh", "-c"],
-            "ContainerArguments": [_START],
-        },
-        "HyperParameters": parameters.hyperparameters,
-        "Environment": variables | settings.environment,
+        "AlgorithmSpecification": {"TrainingImage": settings.image, "TrainingInputMode": "File"},
+        "Environment": own | settings.environment,
         "InputDataConfig": [_channel(channel, prefix) for channel, prefix in _channels(inputs)],
         "OutputDataConfig": {"S3OutputPath": f"{settings.place}/jobs", **({"KmsKeyId": kms} if kms else {})},
-        "CheckpointConfig": {"S3Uri": f"{settings.place}/checkpoints/{name}"},
         "ResourceConfig": resources,
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": settings.spot,
         "EnableNetworkIsolation": settings.network_isolation,
-        "Tags": [
-            {"Key": key, "Value": value}
-            for key, value in ({"stocktake": parameters.hyperparameters[COMMAND]} | settings.tags).items()
-        ],
     }
     if settings.subnets:
-        request["VpcConfig"] = {"Subnets": settings.subnets, "SecurityGroupIds": settings.security_groups}
-    check_request(request)
-    return request
+        defined["VpcConfig"] = {"Subnets": settings.subnets, "SecurityGroupIds": settings.security_groups}
+    return defined
 
 
-def check_request(request: Mapping[str, Any]) -> None:
+def tags_of(settings: JobSettings, parameters: Parameters) -> list[dict[str, str]]:
+    """Of a job."""
+    own = {"stocktake": parameters.command} | settings.tags
+    return [{"Key": key, "Value": value} for key, value in own.items()]
+
+
+def check_request(request: Mapping[str, Any], operation: str = "CreateTrainingJob") -> None:
     """Raises StocktakeError for what AWS's description of the operation does not allow, before anything is sent."""
-    for where, what in _faults(_shape(), request, ""):
+    for where, what in _faults(_shape(operation), request, ""):
+        where = where.removeprefix(_DEFINITION)
         setting = next((ours for theirs, ours in _SETTING.items() if where.startswith(theirs)), None)
-        inner = where.removeprefix("HyperParameters.")
-        named = f"-P {inner}" if setting == "-P" else f"backend config: {setting}" if setting else where
+        named = f"backend config: {setting}" if setting else where
+        if setting == "-P":
+            named = f"-P {where.partition('.')[2]}" if "." in where else "-P"
+        elif setting and setting.startswith("-P "):
+            named = setting
         raise StocktakeError(f"{named}: {what}")
 
 
@@ -145,11 +168,11 @@ def _channel(name: str, prefix: str) -> dict[str, Any]:
 
 
 @cache
-def _shape() -> Any:
+def _shape(operation: str) -> Any:
     import botocore.session
 
     model = botocore.session.get_session().get_service_model("sagemaker")
-    return model.operation_model("CreateTrainingJob").input_shape
+    return model.operation_model(operation).input_shape
 
 
 def _faults(shape: Any, value: Any, where: str) -> Iterator[tuple[str, str]]:

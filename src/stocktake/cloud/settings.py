@@ -18,6 +18,7 @@ from stocktake.tracking.addresses import absolute
 _MLFLOW = {"ENV_MANAGER", "SYNCHRONOUS", "DOCKER_ARGS", "STORAGE_DIR", "build_image", "docker_auth"}
 """What MLflow itself adds to every backend's settings."""
 _DAY = 86_400
+_WARM_STARTS = ("IdenticalDataAndAlgorithm", "TransferLearning")
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/\S+")
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/\S*)?")
 
@@ -60,6 +61,10 @@ class JobSettings:
     """MLflow server as the job reaches it, or the ARN of a managed one. Default: this machine's, if it is such."""
     keep_alive_seconds: int = 0
     """Keep the machines warm for the next job of the same kind (billed); 0: no."""
+    warm_start: list[str] = field(default_factory=list)
+    """tune only: names of at most 5 earlier tuning jobs, whose trials it begins with."""
+    warm_start_type: str = "IdenticalDataAndAlgorithm"
+    """IdenticalDataAndAlgorithm: the earlier jobs had this search's ranges and data. TransferLearning: others."""
     async_: bool = False
     """Return as soon as the job is submitted; `stocktake jobs --follow NAME` brings the results home."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -95,6 +100,8 @@ class JobSettings:
             raise StocktakeError("keep_alive_seconds: spot machines cannot be kept warm; leave one of the two out")
         if bool(self.subnets) != bool(self.security_groups):
             raise StocktakeError("subnets and security_groups belong together: give both, or neither")
+        if self.warm_start_type not in _WARM_STARTS:
+            raise StocktakeError(f"warm_start_type {self.warm_start_type!r} must be {' or '.join(_WARM_STARTS)}")
         if self.tracking_uri is not None and not is_remote(self.tracking_uri):
             raise StocktakeError(
                 f"tracking_uri {self.tracking_uri!r}: a job reaches http(s) servers and SageMaker ARNs only"

@@ -1,34 +1,31 @@
-"""From `mlflow run . -b sagemaker` to a job, and to its end."""
+"""From `mlflow run . -b sagemaker` to a job: everything is checked, then sent."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from stocktake.cloud.connection import Aws, plainly_told
-from stocktake.cloud.homecoming import Arrival, bring_home, cost_of
-from stocktake.cloud.jobs import Job, describe, follow, stop
+from stocktake.cloud.homecoming import job_tags
+from stocktake.cloud.jobs import describe
 from stocktake.cloud.packing import Shelf, bin_files, pack_source, split_uri
 from stocktake.cloud.parameters import Parameters, read_parameters
 from stocktake.cloud.prices import Prices, read_prices, told
 from stocktake.cloud.request import Inputs, job_name, training_job
 from stocktake.cloud.settings import JobSettings, is_remote, project_file
-from stocktake.config import TrackingConfig
+from stocktake.cloud.tuning_jobs import check_parents, describe_search
+from stocktake.cloud.tuning_request import tuning_job, tuning_name
+from stocktake.cloud.tuning_watch import search_tags
+from stocktake.cloud.watch import say
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import redact, without_credentials
 
 
-def say(line: str) -> None:
-    """On stdout, at once."""
-    print(line, flush=True)
-
-
 @dataclass(frozen=True)
 class Submission:
-    """A job that is about to be: everything about it is checked, and nothing is sent."""
+    """A training or tuning job that is about to be: everything about it is checked, and nothing is sent."""
 
     aws: Aws
     project: Path
@@ -40,8 +37,8 @@ class Submission:
     source: bytes
     prices: Prices | None
 
-    def send(self, run_id: str) -> Job:
-        """Upload what the job needs and create it.
+    def send(self, run_id: str) -> dict[str, str]:
+        """Upload what the job needs and create it; what the run is to say of it.
 
         Raises:
             StocktakeError: S3 or SageMaker refuse.
@@ -53,20 +50,26 @@ class Submission:
             if root and bins is None:
                 bins = shelf.put_bins(self.project / root)
             inputs = Inputs(shelf.put_source(self.source), bins, shelf.put_files(files) if files else None)
-        request = training_job(
-            self.name, self.settings, self.parameters, inputs, run_id=run_id, tracking_uri=self.tracking_uri
-        )
         with plainly_told("SageMaker refuses the job"):
+            if (search := self.parameters.search) is not None:
+                request = tuning_job(self.name, self.settings, self.parameters, search, inputs, run_id=run_id)
+                self.aws.sagemaker.create_hyper_parameter_tuning_job(**request)
+                return search_tags(self.aws, describe_search(self.aws, self.name))
+            request = training_job(
+                self.name, self.settings, self.parameters, inputs, run_id=run_id, tracking_uri=self.tracking_uri
+            )
             self.aws.sagemaker.create_training_job(**request)
-        return describe(self.aws, self.name)
+        return job_tags(self.aws, describe(self.aws, self.name), self.prices)
 
     def estimate(self) -> tuple[float | None, float | None]:
         """Dollars an hour, and at most."""
         if self.prices is None:
             return None, None
-        kind, count, spot = self.settings.instance_type, self.settings.instance_count, self.settings.spot
+        settings, search = self.settings, self.parameters.search
+        at_once, in_all = (search.workers, search.trials) if search else (1, 1)
         hourly, most = (
-            self.prices.estimate(kind, count, seconds, spot=spot) for seconds in (3600, self.settings.max_run_seconds)
+            self.prices.estimate(settings.instance_type, times * settings.instance_count, seconds, spot=settings.spot)
+            for times, seconds in ((at_once, 3600), (in_all, settings.max_run_seconds))
         )
         return hourly, most
 
@@ -87,7 +90,8 @@ def prepare(
         StocktakeError: names the setting or parameter that has to change.
     """
     checked = read_parameters(project, entry_point, parameters, settings)
-    name = job_name(checked.command)
+    search = checked.search
+    name = tuning_name() if search else job_name(checked.command)
     tracking_uri = settings.tracking_uri or (client_uri if is_remote(client_uri) else None)
     if tracking_uri is not None and without_credentials(tracking_uri) != tracking_uri:
         raise StocktakeError(
@@ -95,39 +99,20 @@ def prepare(
             "the job: give it without them, and let the job's server do with its network or role"
         )
     somewhere = Inputs(f"{settings.place}/code/", f"{settings.place}/bins/", f"{settings.place}/files/")
-    training_job(name, settings, checked, somewhere, run_id="0" * 32, tracking_uri=tracking_uri)
+    if search:
+        request = tuning_job(name, settings, checked, search, somewhere, run_id="0" * 32)
+    else:
+        training_job(name, settings, checked, somewhere, run_id="0" * 32, tracking_uri=tracking_uri)
     prices = read_prices(project_file(project, settings.prices))
     source = pack_source(project)
     aws = Aws(settings.region)
     _check_root(aws, project, checked.root, settings)
     with plainly_told(f"backend config: bucket {settings.bucket}"):
         aws.s3.head_bucket(Bucket=split_uri(settings.bucket)[0])
+    if settings.warm_start:
+        ranges = request["HyperParameterTuningJobConfig"]["ParameterRanges"]
+        check_parents(aws, settings.warm_start, ranges, settings.warm_start_type)
     return Submission(aws, project, settings, checked, name, tracking_uri, source, prices)
-
-
-def watch(
-    aws: Aws, name: str, workspace: Path, tracking: TrackingConfig, prices: Prices | None
-) -> tuple[Job, Arrival | None]:
-    """Follow a job to its end and bring its results home. Ctrl-C asks whether to stop the job or to stop watching.
-
-    Returns:
-        The job, and how its results arrived; None for a job that is no longer watched.
-    """
-    while True:
-        try:
-            job = follow(aws, name, say)
-            break
-        except KeyboardInterrupt:
-            match _ask(name):
-                case "stop":
-                    say(f"stopping {name}")
-                    stop(aws, name)
-                case "leave":
-                    say(f"{name} goes on; `stocktake jobs --follow {name}` brings its results home")
-                    return describe(aws, name), None
-    arrival = bring_home(aws, job, workspace, tracking, prices, say)
-    _tell(job, arrival, prices)
-    return job, arrival
 
 
 def git_commit(project: Path) -> str | None:
@@ -141,35 +126,15 @@ def tell_estimate(submission: Submission) -> None:
     hourly, most = submission.estimate()
     settings, prices = submission.settings, submission.prices
     what = f"{settings.instance_count} x {settings.instance_type}{', spot' if settings.spot else ''}"
+    if search := submission.parameters.search:
+        what = f"{search.trials} trials, {search.workers} at a time, each on {what}"
     if hourly is None or prices is None:
         say(f"{what}: no price of it in {settings.prices}")
     else:
         say(
-            f"{what}: about {told(hourly)} an hour, at most {told(most)} in {settings.max_run_seconds / 3600:g} h "
-            f"(prices of {prices.date}, {prices.region})"
+            f"{what}: about {told(hourly)} an hour, at most {told(most)} in {settings.max_run_seconds / 3600:.3g} h "
+            f"{'each ' if search else ''}(prices of {prices.date}, {prices.region})"
         )
-
-
-def _tell(job: Job, arrival: Arrival, prices: Prices | None) -> None:
-    if job.billed_seconds is not None:
-        machines = f"{job.instance_count} x {job.instance_type}"
-        say(f"billed: {job.billed_seconds:.0f} s of {machines}, {told(cost_of(job, prices))}")
-    for folder in arrival.folders:
-        say(f"results on disk: {folder}")
-    if arrival.how:
-        say(f"the run {job.run_id} is {arrival.status}; its results arrived {arrival.how}")
-
-
-def _ask(name: str) -> str:
-    """stop, leave or wait. Where nobody can be asked, an interrupt stops the job: it costs money."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return "stop"
-    ask: Callable[[str], str] = input
-    try:
-        answer = ask(f"\n{name}: [s]top the job, [l]eave it running and stop watching, or [w]ait on? [w] ")
-    except (EOFError, KeyboardInterrupt):
-        return "leave"
-    return {"s": "stop", "l": "leave"}.get(answer.strip().lower()[:1], "wait")
 
 
 def _check_root(aws: Aws, project: Path, root: str | None, settings: JobSettings) -> None:

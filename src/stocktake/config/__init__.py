@@ -5,7 +5,7 @@ inherits the fields that it shares with others; the ladder's config is every run
 """
 
 from stocktake.config.bins import BinsConfig, DataConfig, S3Config, SplitConfig, SyntheticConfig
-from stocktake.config.cloud import JobConfig, JobsConfig, RehearseConfig
+from stocktake.config.cloud import JobConfig, JobsConfig, RehearseConfig, RemoteTrialConfig
 from stocktake.config.runs import (
     CompareConfig,
     EdaConfig,
@@ -65,6 +65,7 @@ __all__ = [
     "RegisterConfig",
     "RegistryConfig",
     "RehearseConfig",
+    "RemoteTrialConfig",
     "RollbackConfig",
     "RunConfig",
     "S3Config",

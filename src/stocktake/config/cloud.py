@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from stocktake.config.bound import bound
 from stocktake.config.runs import TrackingConfig
+from stocktake.config.training import ClassicalConfig, DdpConfig, FrozenConfig
 from stocktake.errors import StocktakeError
 
 
@@ -42,10 +44,11 @@ class JobConfig:
 
 @dataclass
 class JobsConfig:
-    """List SageMaker training jobs; follow one and bring its results home; stop one."""
+    """List SageMaker training and tuning jobs; follow one and bring its results home; stop one."""
 
     follow: str | None = None
-    """Name of a job: show its log and state until it ends, then bring its results into its MLflow run."""
+    """Name of a job: show its log and state until it ends, then bring its results into its MLflow run. Of a tuning
+    job every trial becomes a child run."""
     stop: str | None = None
     """Name of a job: end it, and bring home what it has."""
     limit: int = 20
@@ -62,3 +65,18 @@ class JobsConfig:
         bound(self, "limit", least=1, most=1000)
         if self.follow and self.stop:
             raise StocktakeError("--follow and --stop exclude each other: --stop follows the job to its end too")
+
+
+@dataclass
+class RemoteTrialConfig(DdpConfig, FrozenConfig, ClassicalConfig):
+    """Train one trial of a search without its study, never looking at test: what a tuning job's containers start."""
+
+    stage: Literal["finetune", "frozen", "classical"] = "finetune"
+    """What is trained."""
+    nproc: int = 1
+    """Processes on each machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nproc * self.nnodes > 1 and self.stage != "finetune":
+            raise StocktakeError(f"--stage {self.stage}: only finetune trains in several processes")

@@ -17,11 +17,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import stocktake
 from stocktake.rehearsal import container_init
 from stocktake.rehearsal.container_init import MODEL_FOLDER, NOT_CONFINED
 
 ACCESS_KEY = "testing"
 """moto takes any; this one cannot be mistaken for a real one."""
+_TRAIN = Path(stocktake.__file__).parents[2] / "deploy" / "container" / "training" / "train"
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 _KEPT_PREFIXES = ("PIP_", "UV_")
 """Of this process's environment, what a container is given: the way to programs and packages, nothing of the user's."""
@@ -62,11 +64,14 @@ class Machine:
         return next(self.numbers)
 
     def entry_point(self, image: str) -> list[str]:
-        """The words that an image starts with, before `train` or `serve`; none unless they were given."""
+        """The words that an image starts with, before `train` or `serve`; none unless they were given.
+
+        The training image of this checkout, named stocktake-training, starts with its own `train`.
+        """
         for pattern, words in self.images.items():
             if fnmatch.fnmatchcase(image, pattern):
                 return shlex.split(words)
-        return []
+        return ["sh", str(_TRAIN)] if "stocktake-training" in image and _TRAIN.is_file() else []
 
     def aws_environment(self) -> dict[str, str]:
         """What makes a client talk to this AWS."""

@@ -176,7 +176,7 @@ def _attach(folder: RunFolder, connection: Connection) -> bool:
         client.update_run(run.info.run_id, status=RUNNING)
         upload.status = RUNNING
     client.set_tag(run.info.run_id, FOLDER_TAG, folder.path.name)
-    if _is_generated(run.info.run_name):
+    if is_generated(run.info.run_name):
         client.update_run(run.info.run_id, name=state.name)
     experiment = client.get_experiment(run.info.experiment_id)
     state.experiment = experiment.name
@@ -196,7 +196,7 @@ def _parent_upload(folder: RunFolder, uri: str) -> Upload | None:
     return upload
 
 
-def _is_generated(name: str) -> bool:
+def is_generated(name: str) -> bool:
     """Whether MLflow made the name up: nobody asked for `bold-shrike-512`."""
     from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 

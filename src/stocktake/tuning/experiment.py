@@ -12,6 +12,8 @@ import yaml
 
 from stocktake.evaluation.figures import replacing
 
+EXPERIMENT, BEST = "experiment.yaml", "best.yaml"
+"""In a run's artifacts: a trial's own settings, and those of a search's best trial."""
 LEFT_OUT = frozenset({"workspace", "tracking", "resume"})
 """Settings of the machine and the moment, not of the experiment."""
 

@@ -21,6 +21,9 @@ STAGES: dict[str, type[StageConfig]] = {
 TRAINED_BY = {"finetune": "train", "frozen": "frozen", "classical": "classical"}
 """The command that trains one model of a stage."""
 
+TRIALS = 20
+"""Of a search that is given no number."""
+
 DEFAULT_SPACES: dict[str, dict[str, Any]] = {
     "finetune": {
         "lr": {"log_uniform": [1e-4, 3e-3]},

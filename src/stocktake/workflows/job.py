@@ -4,9 +4,12 @@
     input/config/resourceconfig.json    the machines
     input/data/bins/                    the root
     checkpoints/runs/                   run folders; synchronised with S3, and there again after an interruption
+    checkpoints/JOB/runs/               the same in a trial of a tuning job, whose trials share one place in S3
     output/data/runs/                   the same without the weights, for the way home
     output/failure                      why it failed, in a line
     model/                              the MLflow model
+
+In a training job of a tuning job the command is one trial with what SageMaker has chosen. It keeps its run to itself.
 
 The command runs in a process of its own, so that this one is left to tell what became of it.
 """
@@ -27,7 +30,7 @@ from types import FrameType
 from typing import Any
 
 import stocktake
-from stocktake.cloud.parameters import as_arguments
+from stocktake.cloud.parameters import COMMAND, TUNE, as_arguments
 from stocktake.cloud.request import BINS, HOSTS
 from stocktake.config import DdpConfig, JobConfig, TrackingConfig
 from stocktake.errors import StocktakeError
@@ -42,6 +45,8 @@ PORT = 29_400
 """Where the machines of a job meet, on the first one."""
 _REASON_LENGTH = 1000  # SageMaker cuts it off at 1,024
 _TERMINATED = 128 + signal.SIGTERM
+JOB_NAME = "TRAINING_JOB_NAME"
+"""Variable by which SageMaker tells a container its job's name."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,16 @@ def _command(base: Path, workspace: Path, machines: Machines) -> list[str]:
     hyperparameters = {name: str(value) for name, value in _read(base, "hyperparameters").items()}
     data = base / "input" / "data"
     command, arguments = as_arguments(hyperparameters, data)
+    is_trial = hyperparameters[COMMAND] == TUNE
     if (data / BINS).is_dir():
         arguments += ["--root", str(data / BINS)]
     arguments += ["--workspace", str(workspace)]
-    if machines.is_first and (trouble := _tracking_trouble()) is not None:
+    if is_trial:
+        arguments += ["--tracking.offline", "true"]
+    elif machines.is_first and (trouble := _tracking_trouble()) is not None:
         print(f"{trouble}: the results go home with the job's output", flush=True)
         arguments += ["--tracking.offline", "true"]
-    if command not in ("finetune", "ddp"):
+    if command not in ("finetune", "ddp", "remote_trial"):
         return [command, *arguments]
     if (earlier := unfinished_run(workspace / "runs")) is not None:
         if machines.is_first:
@@ -143,7 +151,11 @@ def _distributed(
     command: str, arguments: list[str], hyperparameters: Mapping[str, str], machines: Machines
 ) -> list[str]:
     """The command, as one of ddp where there is more than one process: torchrun's agent runs on every machine."""
-    default = DdpConfig.nproc if command == "ddp" else max(1, len([*Path("/dev").glob("nvidia[0-9]*")]))
+    default = max(1, len([*Path("/dev").glob("nvidia[0-9]*")]))
+    if command == "ddp":
+        default = DdpConfig.nproc
+    elif hyperparameters.get("stage", "finetune") != "finetune":
+        default = 1
     nproc, nnodes = int(hyperparameters.get("nproc", default)), len(machines.hosts)
     asked = hyperparameters.get("training.world_size")
     if asked not in (None, "null", str(nproc * nnodes)):
@@ -151,14 +163,14 @@ def _distributed(
             f"--training.world_size {asked}, but the job has {nnodes} machines with {nproc} processes each: change "
             "instance_count, instance_type or nproc"
         )
-    if nproc * nnodes == 1 and command == "finetune":
+    if nproc * nnodes == 1 and command != "ddp":
         return [command, *arguments]
     if "nproc" not in hyperparameters:
         arguments = [*arguments, "--nproc", str(nproc)]
     if nnodes > 1:
         meeting = f"{machines.hosts[0]}:{PORT}"
         arguments += ["--nnodes", str(nnodes), "--node_rank", str(machines.rank), "--rendezvous", meeting]
-    return ["ddp", *arguments]
+    return ["ddp" if command == "finetune" else command, *arguments]
 
 
 def _run(words: list[str], variables: Mapping[str, str]) -> tuple[int, str]:
@@ -204,11 +216,14 @@ def _handed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
 
 def _workspace(base: Path) -> Path:
     """A workspace whose run folders are checkpoints, and whose caches are not."""
-    workspace, runs = base / "work", base / "checkpoints" / "runs"
+    inside = Path("checkpoints")
+    if _read(base, "hyperparameters").get(COMMAND) == TUNE:
+        inside /= os.environ.get(JOB_NAME, "trial")
+    workspace = base / "work"
     workspace.mkdir(parents=True, exist_ok=True)
-    runs.mkdir(parents=True, exist_ok=True)
+    (base / inside / "runs").mkdir(parents=True, exist_ok=True)
     if not (workspace / "runs").is_symlink():
-        (workspace / "runs").symlink_to(Path("..") / "checkpoints" / "runs")
+        (workspace / "runs").symlink_to(Path("..") / inside / "runs")
     return workspace
 
 

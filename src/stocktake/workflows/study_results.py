@@ -14,15 +14,14 @@ from stocktake.bins.photos import prepare_photos
 from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import load_model
 from stocktake.tracking.runs import TrackedRun
-from stocktake.tuning.experiment import write_experiment
+from stocktake.tuning.experiment import BEST, write_experiment
 from stocktake.tuning.figures import plot_study
 from stocktake.tuning.settings import configure
 from stocktake.tuning.stages import TRAINED_BY, StageConfig
 from stocktake.tuning.study import best_trial, pareto_front, trials_table
+from stocktake.tuning.summary import best_table, in_words
 from stocktake.workflows.rung import Bench, record_model
 from stocktake.workflows.trial import CHECKPOINT, StudyFolder
-
-BEST = "best.yaml"
 
 
 def record_study(run: TrackedRun, folder: StudyFolder, study: Study) -> None:
@@ -72,14 +71,10 @@ def _note(folder: StudyFolder, study: Study, best: FrozenTrial) -> str:
         f"{len(trials)} trials of {folder.stage} ({said}), sampler {folder.sampler}, pruner {folder.pruner}. "
         f"Best: trial {best.number}, in the artifacts as `{BEST}`.",
         "",
-        "| trial | " + " | ".join(folder.objectives) + " | settings |",
-        "|" + "---|" * (len(folder.objectives) + 2),
     ]
-    complete = sorted((trial for trial in trials if trial.state is TrialState.COMPLETE), key=lambda one: -one.values[0])
-    for trial in complete[:10]:
-        values = " | ".join(f"{value:.4g}" for value in trial.values)
-        lines.append(f"| {trial.number} | {values} | {settings_in_words(trial)} |")
-    return "\n".join(lines)
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    rows = [(str(trial.number), trial.values, trial.params) for trial in complete]
+    return "\n".join([*lines, *best_table(folder.objectives, rows)])
 
 
 def record_best(run: TrackedRun, folder: StudyFolder, study: Study, bench: Bench) -> dict[str, float]:
@@ -95,7 +90,7 @@ def record_best(run: TrackedRun, folder: StudyFolder, study: Study, bench: Bench
     checkpoint = folder.path.parent / str(best.user_attrs["folder"]) / "artifacts" / CHECKPOINT
     photos = prepare_photos(bench.manifest.source, bench.manifest.bins, config.image_size, Path(config.workspace))
     own = dataclasses.replace(bench, photos=photos)
-    print(f"\nbest: trial {best.number}, {settings_in_words(best)}", flush=True)
+    print(f"\nbest: trial {best.number}, {in_words(best.params)}", flush=True)
     metrics = record_model(
         run,
         load_model(checkpoint),
@@ -112,10 +107,3 @@ def record_best(run: TrackedRun, folder: StudyFolder, study: Study, bench: Bench
     print(f"train it again: stocktake {TRAINED_BY[folder.stage]} --experiment {run.artifacts / BEST}")
     print(f"results on disk: {run.folder}", flush=True)
     return metrics
-
-
-def settings_in_words(trial: FrozenTrial) -> str:
-    """lr=0.001 batch_size=32"""
-    return " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in trial.params.items()
-    )

@@ -20,7 +20,7 @@ from stocktake.tracking.folder import KILLED, RUNNING, RunFolder
 from stocktake.tracking.history import best_settings
 from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.tuning.space import Space
-from stocktake.tuning.stages import STAGES, StageConfig, choose_pruner, find_space, stage_config
+from stocktake.tuning.stages import STAGES, TRIALS, StageConfig, choose_pruner, find_space, stage_config
 from stocktake.tuning.storage import open_storage
 from stocktake.tuning.study import (
     OBJECTIVES,
@@ -30,12 +30,12 @@ from stocktake.tuning.study import (
     make_pruner,
     requeue_unfinished,
 )
+from stocktake.tuning.summary import in_words
 from stocktake.workflows.rung import log_setting, run_tags, set_up
-from stocktake.workflows.study_results import record_best, record_study, settings_in_words
+from stocktake.workflows.study_results import record_best, record_study
 from stocktake.workflows.trial import StudyFolder
 from stocktake.workflows.trial_workers import TrialWorkers
 
-_TRIALS = 20
 _LOOK_SECONDS = 0.5
 _LEAVE_SECONDS = 40.0
 
@@ -91,7 +91,7 @@ def _begun(run: TrackedRun, config: TuneConfig, base: StageConfig, space: Space)
         sampler=config.sampler,
         pruner=pruner,
         seed=config.seed,
-        trials=config.trials or _TRIALS,
+        trials=config.trials or TRIALS,
         nproc=config.nproc,
         space=space,
         config=base,
@@ -187,7 +187,7 @@ def _line(trial: FrozenTrial, best: FrozenTrial | None) -> str:
         value = trial.values[0] if trial.values else math.nan
         ended = f"{trial.state.name.lower()} val_macro_f1={value:.4f}"
     ahead = f" best={best.values[0]:.4f} (trial {best.number})" if best is not None else ""
-    return f"trial={trial.number} {ended}{ahead} seconds={seconds:.1f} {settings_in_words(trial)}"
+    return f"trial={trial.number} {ended}{ahead} seconds={seconds:.1f} {in_words(trial.params)}"
 
 
 def _wait_for_earlier_workers(study: Study, folder: StudyFolder) -> None:

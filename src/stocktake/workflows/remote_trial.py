@@ -1,0 +1,76 @@
+"""`stocktake remote_trial`: one trial of a search that SageMaker leads, as a run of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stocktake import ranks
+from stocktake.cloud.request import GIVEN
+from stocktake.config import FinetuneConfig, RemoteTrialConfig
+from stocktake.tuning.experiment import EXPERIMENT, write_experiment
+from stocktake.tuning.stages import STAGES, StageConfig, stage_config
+from stocktake.workflows.ddp import launch
+from stocktake.workflows.rung import log_setting, own_run, plain, run_tags, set_up
+from stocktake.workflows.trial import train_trial
+
+
+def remote_trial(config: RemoteTrialConfig) -> None:
+    """Train with the given settings and evaluate on val; the settings are kept as an experiment from the start.
+
+    `--resume` goes on in the run of an interrupted trial, from its last epoch.
+
+    Raises:
+        StocktakeError: settings with which nothing can be learnt.
+    """
+    if config.nproc * config.nnodes > 1:
+        _launch(config)
+        return
+    own = stage_config(config)
+    timeout = own.training.collective_timeout if isinstance(own, FinetuneConfig) else 300.0
+    expected = own.training.world_size if isinstance(own, FinetuneConfig) else None
+    with ranks.joined(timeout=timeout, expected=expected):
+        bench = set_up(own)
+        tags = run_tags(own, bench.manifest, "trial") | {"trial.stage": config.stage, "trial.state": "running"}
+        with own_run(own, "trial", tags, reopen=Path(config.resume) if config.resume else None) as run:
+            if ranks.is_first():
+                given = as_given(own)
+                log_setting(run, given, STAGES[config.stage], bench.manifest)
+                write_experiment(run.artifacts / EXPERIMENT, given, ())
+            state, values = train_trial(run, config.stage, own, None, bench)
+            run.set_tags({"trial.state": state.name.lower()})
+            if ranks.is_first() and values:
+                # The last value that SageMaker reads is the trial's: that of the best epoch, not of the last one
+                print(f"trial ended: val_macro_f1={values[0]:.6f}", flush=True)
+
+
+def as_given(config: StageConfig) -> StageConfig:
+    """The config with the paths of whoever has started the search, not those of the container."""
+    given: dict[str, Any] = {name: os.environ.get(variable) for name, variable in GIVEN.items()}
+    # A value that is no path here, such as weights that the search has chosen by name, is nobody's file
+    files = [name for name, value in given.items() if value and Path(str(getattr(config, name, ""))).is_absolute()]
+    return dataclasses.replace(config, **{name: given[name] for name in files})
+
+
+def _launch(config: RemoteTrialConfig) -> None:
+    """This trial in several processes."""
+    settings = plain(dataclasses.asdict(config))
+    settings["training"]["world_size"] = config.nproc * config.nnodes
+    alone = {"nproc": 1, "nnodes": 1, "node_rank": 0, "rendezvous": None, "max_restarts": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = Path(folder) / "experiment.yaml"
+        experiment.write_text(yaml.safe_dump(settings | alone, sort_keys=False), encoding="utf-8")
+        launch(
+            ["remote_trial", "--experiment", str(experiment)],
+            nproc=config.nproc,
+            nnodes=config.nnodes,
+            node_rank=config.node_rank,
+            rendezvous=config.rendezvous,
+            timeout=config.training.collective_timeout,
+            run_id=None if config.nnodes == 1 else f"stocktake-{config.rendezvous}",
+        )
