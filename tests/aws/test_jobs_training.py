@@ -1,4 +1,7 @@
-"""Entry points as training jobs of the local AWS, by MLflow's own commands: results, interruptions, ends, ways home."""
+"""Entry points as training jobs of the local AWS, by MLflow's own commands: results, interruptions, ends, ways home.
+
+Users and jobs have the rights of deploy/policies and no others.
+"""
 
 from __future__ import annotations
 
@@ -92,6 +95,7 @@ class Site:
     experiment: str
     root: str
     folder: Path
+    role: str
 
     @property
     def uri(self) -> str:
@@ -102,7 +106,7 @@ class Site:
         return mlflow.MlflowClient(self.uri, self.uri)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        given = {"role": self.rehearsal.role, "bucket": f"s3://{self.rehearsal.bucket}/jobs-test", "image": "image:1"}
+        given = {"role": self.role, "bucket": f"s3://{self.rehearsal.bucket}/stocktake", "image": "image:1"}
         return {**given, "max_run_seconds": 600, "prices": str(PROJECT / "deploy" / "prices.yaml"), **changes}
 
     def parameters(self, **changes: str) -> dict[str, str]:
@@ -130,7 +134,9 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(rehearsal: RehearsalProcess, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(
+    rehearsal: RehearsalProcess, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     for path in [*tiny_root.glob("bin-images/*"), *tiny_root.glob("metadata/*")]:
         rehearsal.put(f"tiny/{path.relative_to(tiny_root)}", path.read_bytes())
@@ -138,13 +144,14 @@ def site(rehearsal: RehearsalProcess, tiny_root: Path, tmp_path_factory: pytest.
     with pytest.MonkeyPatch.context() as patch, server:
         for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
             patch.delenv(name)
-        for name, value in rehearsal.environment.items():
+        for name, value in rights.environment.items():
             patch.setenv(name, value)
         patch.setenv("MLFLOW_TRACKING_URI", server.uri)
         patch.chdir(folder)
         before = mlflow.get_tracking_uri()
         experiment = mlflow.MlflowClient(server.uri).create_experiment("jobs")
-        yield Site(rehearsal, server.port, experiment, f"s3://{rehearsal.bucket}/tiny", folder / "workspace")
+        root = f"s3://{rehearsal.bucket}/tiny"
+        yield Site(rehearsal, server.port, experiment, root, folder / "workspace", rights.role)
         mlflow.set_tracking_uri(before)
 
 

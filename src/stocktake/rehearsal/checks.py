@@ -35,6 +35,20 @@ def check_request(operation: str, request: dict[str, Any]) -> None:
         raise ValidationError(message=f"{len(broken)} {noun} detected: {'; '.join(broken)}")
 
 
+def without_hollow(operation: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer without structures that lack all they must have, as moto tells of what was not given.
+
+    AWS leaves them out, and the SageMaker SDK refuses to read them.
+    """
+    shape = get_session().get_service_model("sagemaker").operation_model(operation).output_shape
+    members = shape.members if shape is not None else {}
+    return {
+        name: value
+        for name, value in answer.items()
+        if value != {} or not (name in members and getattr(members[name], "required_members", None))
+    }
+
+
 def require(request: dict[str, Any], *paths: str) -> None:
     """Members that the model calls optional and an ordinary job cannot do without: "ResourceConfig.InstanceType".
 

@@ -17,6 +17,7 @@ from moto.sagemaker.models import SageMakerModelBackend
 
 from stocktake.rehearsal.container_init import MODEL_FOLDER
 from stocktake.rehearsal.containers import Container, Machine, stop
+from stocktake.rehearsal.permissions import role_variables
 from stocktake.rehearsal.records import LogStream
 from stocktake.rehearsal.storage import Storage
 
@@ -70,7 +71,8 @@ class ModelServer:
             ) from None
         self.port = free_port()
         root = MODEL_FOLDER if machine.confined else str(folder)
-        variables = machine.environment(self._scratch) | {
+        variables = machine.environment(self._scratch) | role_variables(backend, role_of(backend, model_name))
+        variables |= {
             "SAGEMAKER_BIND_TO_PORT": str(self.port),
             "STOCKTAKE_HOST": HOST,  # the image says 0.0.0.0: here it would be the machine's
             "STOCKTAKE_MODEL_DIR": f"{root}/model",
@@ -137,6 +139,11 @@ def container_of(backend: SageMakerModelBackend, model_name: str) -> dict[str, A
     model = backend.describe_model(model_name)
     specs = [model.primary_container] if model.primary_container else list(model.containers)
     return dict(specs[0]) if specs else {}
+
+
+def role_of(backend: SageMakerModelBackend, model_name: str) -> str:
+    """The role that a model's containers run as."""
+    return str(backend.describe_model(model_name).execution_role_arn)
 
 
 def model_uri(spec: Mapping[str, Any]) -> str | None:

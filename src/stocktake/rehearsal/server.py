@@ -96,7 +96,7 @@ class Rehearsal:
         self.close()
 
     def _furnish(self) -> str:
-        """A bucket, and a role that SageMaker may assume: its ARN."""
+        """A bucket, and a role that SageMaker may assume and that may do everything: its ARN."""
         client: dict[str, Any] = {
             "endpoint_url": self.machine.endpoint,
             "region_name": self.machine.region,
@@ -110,7 +110,10 @@ class Rehearsal:
         services = ["sagemaker.amazonaws.com", "lambda.amazonaws.com"]
         statement = {"Effect": "Allow", "Principal": {"Service": services}, "Action": "sts:AssumeRole"}
         policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-        role = boto3.client("iam", **client).create_role(RoleName=ROLE, AssumeRolePolicyDocument=policy)
+        iam = boto3.client("iam", **client)
+        role = iam.create_role(RoleName=ROLE, AssumeRolePolicyDocument=policy)
+        everything = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+        iam.put_role_policy(RoleName=ROLE, PolicyName="everything", PolicyDocument=json.dumps(everything))
         return str(role["Role"]["Arn"])
 
 
@@ -157,8 +160,10 @@ def _answer_what_is_missing() -> None:
 
 def _checked(name: str, method: Callable[[SageMakerResponse], ActionResult]) -> Callable[..., ActionResult]:
     def operation(response: SageMakerResponse) -> ActionResult:
-        checks.check_request(response._get_action(), response.params)
-        return method(response)
+        action = response._get_action()
+        checks.check_request(action, response.params)
+        result = method(response)
+        return ActionResult(checks.without_hollow(action, result.result)) if isinstance(result.result, dict) else result
 
     operation.__name__ = name
     return operation

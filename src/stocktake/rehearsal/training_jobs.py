@@ -21,6 +21,7 @@ from stocktake.rehearsal import checks
 from stocktake.rehearsal.container_init import MODEL_FOLDER
 from stocktake.rehearsal.containers import Container, Machine, stop
 from stocktake.rehearsal.listings import page
+from stocktake.rehearsal.permissions import role_variables
 from stocktake.rehearsal.records import JobMetrics, LogStream
 from stocktake.rehearsal.storage import Storage
 from stocktake.rehearsal.training_hosts import Host, lay_out_hosts
@@ -257,7 +258,9 @@ class TrainingJob:
             image = specification.get("TrainingImage", "")
             command = [*self._machine.entry_point(image), *(command or ["train"])]
         stream = LogStream(self._backend, LOG_GROUP, f"{self.name}/{host.name}-{time.time_ns() // 1_000_000}")
-        environment = self._machine.environment(host.folder.parent, self._request.get("EnableNetworkIsolation", False))
+        isolated = self._request.get("EnableNetworkIsolation", False)
+        environment = self._machine.environment(host.folder.parent, isolated)
+        environment |= {} if isolated else role_variables(self._backend, self._request["RoleArn"])
         environment |= self._environment | {"TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
 
         def on_line(line: str) -> None:

@@ -1,0 +1,162 @@
+"""deploy/policies: every call that the project makes is allowed, nothing else is, and the local AWS holds to it.
+
+That they are enough for jobs from submission to arrival is what test_jobs_training.py runs with.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore import xform_name
+from botocore.exceptions import ClientError
+from botocore.session import get_session
+
+from rehearsal_process import RehearsalProcess
+from stocktake.bins.s3_source import Bucket, RefusedError, S3Address
+from stocktake.config import S3Config
+
+pytestmark = pytest.mark.aws
+PROJECT = Path(__file__).parents[2]
+CLIENTS = {"sagemaker": "sagemaker", "logs": "logs", "s3": "s3", "_s3": "s3"}
+"""What clients are called in the source, and their services."""
+ACTIONS = {
+    "download_file": "GetObject",
+    "head_bucket": "ListBucket",
+    "head_object": "GetObject",
+    "list_objects_v2": "ListBucket",
+}
+"""Where a method does not bear its action's name."""
+IMPLIED = {"sagemaker:AddTags", "iam:PassRole"}
+"""What creating a job with tags and a role takes, and nobody calls."""
+OF_SAGEMAKER = {
+    *("s3:GetObject", "s3:ListBucket", "s3:PutObject", "cloudwatch:PutMetricData"),
+    *("logs:CreateLogGroup", "logs:CreateLogStream", "logs:DescribeLogStreams", "logs:PutLogEvents"),
+    *("ecr:GetAuthorizationToken", "ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage"),
+    "ecr:GetDownloadUrlForLayer",
+}
+"""What SageMaker does as a training job's role, by its documentation: CreateTrainingJob, execution role permissions."""
+
+
+def called_actions(folder: Path) -> set[str]:
+    """IAM's names of what the source asks of boto3's clients."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner = node.func.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+            if name in CLIENTS:
+                method = node.func.attr
+                if method == "get_paginator":
+                    method = ast.literal_eval(node.args[0])
+                found |= _actions(CLIENTS[name], method)
+    return found
+
+
+def _actions(service: str, method: str) -> set[str]:
+    operations = get_session().get_service_model(service).operation_names
+    operation = next((one for one in operations if xform_name(one) == method), None)
+    action = ACTIONS.get(method, operation)
+    return {f"{service}:{action}"} if action else set()
+
+
+def granted(name: str) -> set[str]:
+    """The actions of a policy."""
+    statements = json.loads((PROJECT / "deploy" / "policies" / f"{name}.json").read_text())["Statement"]
+    listed = [one["Action"] if isinstance(one["Action"], list) else [one["Action"]] for one in statements]
+    return {action for actions in listed for action in actions}
+
+
+def test_a_caller_may_do_what_the_project_calls_and_no_more() -> None:
+    called = called_actions(PROJECT / "src" / "stocktake" / "cloud")
+    assert {"sagemaker:CreateTrainingJob", "s3:PutObject", "logs:GetLogEvents"} <= called
+    assert granted("caller") == called | IMPLIED
+
+
+def test_a_job_may_do_what_sagemaker_does_for_it_and_no_more() -> None:
+    assert granted("job") == OF_SAGEMAKER
+    assert granted("managed-mlflow") == {"sagemaker-mlflow:*"}
+
+
+def as_user(rights: Any, service: str) -> Any:
+    own = rights.environment
+    return boto3.client(
+        service,
+        endpoint_url=own["AWS_ENDPOINT_URL"],
+        region_name=own["AWS_DEFAULT_REGION"],
+        aws_access_key_id=own["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=own["AWS_SECRET_ACCESS_KEY"],
+    )
+
+
+def test_what_the_policies_do_not_name_is_refused(
+    rehearsal: RehearsalProcess, rights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsal.train("theirs", "true")
+    sagemaker = as_user(rights, "sagemaker")
+    for asked in (
+        lambda: sagemaker.describe_training_job(TrainingJobName="theirs"),
+        lambda: sagemaker.create_model(ModelName="stocktake-model", ExecutionRoleArn=rights.role),
+        lambda: as_user(rights, "logs").describe_log_groups(),
+        lambda: as_user(rights, "iam").list_users(),
+    ):
+        with pytest.raises(ClientError, match=r"AccessDenied.* is not authorized to perform"):
+            asked()
+    other = boto3.client(
+        "sagemaker",
+        endpoint_url=rehearsal.endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="AKIAIOSFODNN7EXAMPLE",
+        aws_secret_access_key="none",
+    )
+    with pytest.raises(ClientError, match="security token included in the request is invalid"):
+        other.list_training_jobs()
+
+    rehearsal.client("s3").create_bucket(Bucket="of-others")
+    for name, value in rights.environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RefusedError, match="access is denied with the credentials found"):
+        Bucket(S3Address.parse("s3://of-others"), S3Config(retries=0)).put("a.txt", b"a")
+    Bucket(S3Address.parse(f"s3://{rehearsal.bucket}/bins"), S3Config(retries=0)).put("a.txt", b"a")
+
+
+def test_another_role_cannot_be_passed(rehearsal: RehearsalProcess, rights: Any) -> None:
+    name = "stocktake-passed"
+    rehearsal.put("scripts/passed/main", "true")
+    request = {
+        "TrainingJobName": name,
+        "AlgorithmSpecification": {"TrainingImage": "1.dkr.ecr/program:1", "TrainingInputMode": "File"},
+        "OutputDataConfig": {"S3OutputPath": f"s3://{rehearsal.bucket}/stocktake"},
+        "ResourceConfig": {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 1},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 60},
+    }
+    sagemaker = as_user(rights, "sagemaker")
+    with pytest.raises(ClientError, match="iam:PassRole"):
+        sagemaker.create_training_job(**request, RoleArn=rehearsal.role)
+    with pytest.raises(ClientError, match="sagemaker:CreateTrainingJob"):
+        sagemaker.create_training_job(**{**request, "TrainingJobName": "mine"}, RoleArn=rights.role)
+
+
+def test_a_container_acts_as_its_role(rehearsal: RehearsalProcess, rights: Any) -> None:
+    script = """
+import boto3, botocore, os
+print(boto3.client("sts").get_caller_identity()["Arn"])
+for key in ("stocktake/mine", "bins/not-mine"):
+    try:
+        boto3.client("s3").put_object(Bucket=os.environ["BUCKET"], Key=key, Body=b"1")
+        print(key, "written")
+    except botocore.exceptions.ClientError as error:
+        print(key, error.response["Error"]["Code"])
+"""
+    variables = {"BUCKET": rehearsal.bucket}
+    rehearsal.train("as-role", script, program="python", RoleArn=rights.role, Environment=variables)
+    assert rehearsal.ended("as-role")["TrainingJobStatus"] == "Completed"
+    who, mine, other = rehearsal.log("as-role/")
+    assert ":assumed-role/stocktake-job/" in who
+    assert (mine, other) == ("stocktake/mine written", "bins/not-mine AccessDenied")
