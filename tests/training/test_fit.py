@@ -19,7 +19,8 @@ from stocktake.evaluation.metrics import confusion_matrix, scores
 from stocktake.models.inference import predict
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import PLAIN, Precision
-from stocktake.training.fit import BEST, LAST, Fitted, fit
+from stocktake.training.checkpoints import BEST, LAST
+from stocktake.training.fit import Fitted, fit
 from stocktake.workflows.rung import Bench
 from tiny_bins import PLAIN_BACKBONE, TINY_BACKBONE, TINY_SIZE
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,77 +17,18 @@ from torch import nn
 
 from process_pair import ByRank, ProcessGroup
 from stocktake import ranks
-from stocktake.config import FinetuneConfig, TrainingConfig
 from stocktake.errors import StocktakeError
-from stocktake.models.network import NetworkModel, create_network
+from stocktake.models.network import create_network
 from stocktake.models.precision import PLAIN, Precision
 from stocktake.training.batchnorm import SynchronisedBatchNorm, synchronised
+from stocktake.training.checkpoints import BEST, LAST
 from stocktake.training.data import BatchSampler, BinsDataModule, EpochSampler, collate
-from stocktake.training.fit import BEST, LAST, Fitted, fit
 from stocktake.training.module import NetworkModule
 from stocktake.workflows.rung import Bench
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
+from tiny_training import assert_same_curve, config, tiny_network, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def config(epochs: int = 2, lr: float = 1e-2, batch_size: int = 8, **training: Any) -> FinetuneConfig:
-    return FinetuneConfig(
-        backbone=TINY_BACKBONE,
-        weights="none",
-        image_size=TINY_SIZE,
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        training=TrainingConfig(**{"patience": 100, "augment": "flip", "collective_timeout": 60, **training}),
-    )
-
-
-def tiny_network(bench: Bench, batchnorm: bool = True) -> NetworkModel:
-    """Two convolutions in the place of the backbone. In deep networks that have learnt nothing yet, normalising the
-    few values of a tiny batch makes 1e-2 of a rounding error within five steps, in one process too."""
-    model = create_network(bench.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0)
-    torch.manual_seed(0)
-
-    def norm(channels: int) -> nn.Module:
-        return nn.BatchNorm2d(channels) if batchnorm else nn.Identity()
-
-    model.backbone = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, 2, bias=not batchnorm), norm(8), nn.ReLU()),
-        *(nn.Conv2d(8, 16, 3, 2, bias=not batchnorm), norm(16), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-    )
-    model.head = nn.Linear(16, len(bench.manifest.labels))
-    return model
-
-
-def train(
-    bench: Bench,
-    given: FinetuneConfig,
-    checkpoints: Path,
-    stop_at: int | None = None,
-    precision: Precision = PLAIN,
-    batchnorm: bool = True,
-) -> tuple[list[dict[str, float]], Fitted, dict[str, torch.Tensor]]:
-    """The figures of each epoch as this process was told them, what was found, and the weights at the end."""
-    if ranks.is_first():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    told: list[dict[str, float]] = []
-
-    def on_epoch(figures: Mapping[str, float], epoch: int) -> bool:
-        told.append({name: value for name, value in figures.items() if name != "epoch_seconds"} | {"epoch": epoch})
-        return epoch == stop_at
-
-    model = tiny_network(bench, batchnorm)
-    fitted = fit(model, bench.manifest, bench.photos, given, precision, checkpoints=checkpoints, on_epoch=on_epoch)
-    assert not [layer for layer in model.modules() if isinstance(layer, SynchronisedBatchNorm)]
-    return told, fitted, model.state_dict()
-
-
-def assert_same_curve(one: list[dict[str, float]], other: list[dict[str, float]], within: float = 1e-4) -> None:
-    assert len(one) == len(other)
-    for here, there in zip(one, other, strict=True):
-        assert here == pytest.approx(there, abs=within)
 
 
 # The shares -----------------------------------------------------------------------------------------------------------

@@ -110,6 +110,9 @@ class TrainingConfig:
     """Processes that load photos. Default: none on a CPU, one a core beside a GPU."""
     max_steps: int = -1
     """Stop after this many steps; -1: no limit. For quick looks."""
+    checkpoint_minutes: float = 10.0
+    """Also write last.ckpt within an epoch, this often; --resume goes on there, to the same figures. 0: at the end of
+    epochs, and on SIGTERM, only."""
     sync_batchnorm: bool = True
     """With several processes, normalise over the whole batch, so that their number does not change what is learnt.
     false: each over its own share: faster on a CPU, and another training for another number."""
@@ -128,6 +131,7 @@ class TrainingConfig:
         bound(self, "accumulate", least=1, most=1e6, option="training.")
         bound(self, "workers", least=0, most=1024, option="training.")
         bound(self, "max_steps", least=-1, most=1e12, option="training.")
+        bound(self, "checkpoint_minutes", least=0, most=1e6, option="training.")
         bound(self, "collective_timeout", least=1, most=1e6, option="training.")
         bound(self, "world_size", least=1, most=1e6, option="training.")
 

@@ -7,12 +7,12 @@ val: the same photos make the same batches, however many processes there are, an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
@@ -72,11 +72,11 @@ class PhotoDataset(Dataset[tuple[Tensor, int]]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """(epoch, row) over all rows; shuffled by (seed, epoch). Lightning tells it the epoch."""
 
-    def __init__(self, rows: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, rows: int, seed: int, shuffle: bool, epoch: int = 0) -> None:
         self._rows = rows
         self._seed = seed
         self._shuffle = shuffle
-        self.epoch = 0
+        self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch."""
@@ -101,18 +101,31 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, sampler: EpochSampler, batch_size: int, *, drop_last: bool, shared: bool, rank: int = 0, size: int = 1
+        self,
+        sampler: EpochSampler,
+        batch_size: int,
+        *,
+        drop_last: bool,
+        shared: bool,
+        begun: tuple[int, int] = (0, 0),
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
-        """Cut the order of `sampler` into batches of `batch_size` rows, over all processes; rank: whose share."""
+        """Cut the order of `sampler` into batches of `batch_size` rows, over all processes; rank: whose share.
+
+        begun: an epoch, and how many of its batches are not given: a training that goes on has learnt from them.
+        """
         self.sampler = sampler
         """Lightning tells it the epoch."""
         self._batch_size = batch_size
         self._drop_last = drop_last
         self._shared = shared
+        self._begun = begun
         self._rank = rank
         self._size = size
 
     def __len__(self) -> int:
+        """Batches of an epoch, those of a begun one that are done included."""
         whole, rest = divmod(len(self.sampler), self._batch_size)
         batches = whole + (rest > 0 and not self._drop_last)
         return batches if self._shared else -(-batches // self._size)
@@ -122,7 +135,8 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
         if self._drop_last and batches and len(batches[-1]) < self._batch_size:
             batches.pop()
-        for step in range(len(self)):
+        epoch, done = self._begun
+        for step in range(done if self.sampler.epoch == epoch else 0, len(self)):
             if self._shared:
                 yield batches[step][self._rank :: self._size]
             else:
@@ -159,21 +173,44 @@ class BinsDataModule(LightningDataModule):
         self._batch_size = batch_size
         self._workers = workers
         self._seed = seed
-        self._place = {"rank": rank, "size": size}
+        self._rank = rank
+        self._size = size
+        self._begun = (0, 0)
+        """The epoch, from 0, and how many of its batches are done."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Which batch is next: `epoch`, from 0, and how many `batches` of it are done."""
+        loop = cast("Trainer", self.trainer).fit_loop
+        epochs: Any = loop.epoch_progress.current
+        is_amid = epochs.started > epochs.processed
+        return {"epoch": epochs.processed, "batches": loop.batch_idx + 1 if is_amid else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on with that batch."""
+        self._begun = state_dict["epoch"], state_dict["batches"]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled; the last short batch of a larger split is dropped, as batch normalisation dislikes it."""
-        rows = EpochSampler(len(self._train), self._seed, shuffle=True)
+        # workers fetch from a resumed epoch before Lightning tells the sampler which one it is
+        rows = EpochSampler(len(self._train), self._seed, shuffle=True, epoch=self._begun[0])
         drop_last = len(self._train) > self._batch_size
-        return self._loader(
-            self._train, BatchSampler(rows, self._batch_size, drop_last=drop_last, shared=True, **self._place)
+        batches = BatchSampler(
+            rows,
+            self._batch_size,
+            drop_last=drop_last,
+            shared=True,
+            begun=self._begun,
+            rank=self._rank,
+            size=self._size,
         )
+        return self._loader(self._train, batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """In order, complete."""
         rows = EpochSampler(len(self._val), self._seed, shuffle=False)
         return self._loader(
-            self._val, BatchSampler(rows, self._batch_size, drop_last=False, shared=False, **self._place)
+            self._val,
+            BatchSampler(rows, self._batch_size, drop_last=False, shared=False, rank=self._rank, size=self._size),
         )
 
     def _loader(self, dataset: PhotoDataset, batches: BatchSampler) -> DataLoader[Any]:

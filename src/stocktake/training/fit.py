@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
 import signal
-import tempfile
 import threading
 import time
 import warnings
@@ -16,12 +14,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -34,11 +31,20 @@ from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
 from stocktake.progress import shown
 from stocktake.training.batchnorm import synchronised
+from stocktake.training.checkpoints import (
+    BEST,
+    LAST,
+    Checkpoint,
+    Renamed,
+    WithinEpoch,
+    best_weights,
+    everywhere,
+    is_resumable,
+)
 from stocktake.training.data import BinsDataModule
-from stocktake.training.module import SETTINGS, NetworkModule, resume_settings
+from stocktake.training.module import NetworkModule
 
 MONITORED = "val/macro_f1"
-BEST, LAST = "best.ckpt", "last.ckpt"
 EpochVerdict = Callable[[Mapping[str, float], int], bool]
 """Told the figures of an epoch and its number from 1; True ends the training there."""
 
@@ -82,7 +88,8 @@ def fit(
     Raises:
         StocktakeError: settings with which nothing can be learnt, or a last.ckpt that is damaged or was trained with
             other settings.
-        KeyboardInterrupt: Ctrl-C; the epochs before it are in last.ckpt.
+        KeyboardInterrupt: Ctrl-C; what was learnt up to the checkpoint before it is in last.ckpt.
+        SystemExit: SIGTERM, unless somebody handles it; all steps before it are in last.ckpt.
     """
     world = ranks.world()
     counts = manifest.counts()["train"].tolist()
@@ -112,7 +119,9 @@ def fit(
     best = Checkpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
     last = Checkpoint(checkpoints, "last", enable_version_counter=False)
     early = EarlyStopping(MONITORED, mode="max", patience=config.training.patience)
-    callbacks: list[Callback] = [LastStep(config.training.max_steps), EpochLine(on_epoch, config.lr), early, best, last]
+    within = WithinEpoch(checkpoints / LAST, config.training.checkpoint_minutes)
+    line = EpochLine(on_epoch, config.lr)
+    callbacks: list[Callback] = [LastStep(config.training.max_steps), within, line, early, best, last]
     is_shown = shown() and world.rank == 0
     if is_shown:
         callbacks.append(TQDMProgressBar(leave=False))
@@ -132,14 +141,14 @@ def fit(
         default_root_dir=checkpoints,
         **_devices(world, config, is_synchronised),
     )
-    has_earlier = ranks.from_first(lambda: _is_resumable(checkpoints / LAST, config))
+    has_earlier = ranks.from_first(lambda: is_resumable(checkpoints / LAST, config))
     with (
-        _everywhere(checkpoints / LAST, has_earlier, Path(config.workspace)) as resumed,
+        everywhere(checkpoints / LAST, has_earlier, Path(config.workspace)) as resumed,
         synchronised(model, world.backend or "") if is_synchronised else nullcontext(),
         _interruptible(),
     ):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    best_epoch, weights = ranks.from_first(lambda: _weights(checkpoints / BEST))
+    best_epoch, weights = ranks.from_first(lambda: best_weights(checkpoints / BEST))
     model.load_state_dict(weights)
     model.lay_out(True).eval()
     return Fitted(
@@ -150,9 +159,9 @@ def fit(
 
 
 def _devices(world: ranks.World, config: FinetuneConfig, is_synchronised: bool) -> dict[str, Any]:
-    """The Trainer's arguments that say where it computes."""
+    """The Trainer's arguments that say where it computes, and how its files are written."""
     if world.size == 1:
-        return {"accelerator": "auto", "devices": 1}
+        return {"accelerator": "auto", "devices": 1, "plugins": [Renamed()]}
     strategy = DDPStrategy(
         process_group_backend=world.backend,
         timeout=timedelta(seconds=config.training.collective_timeout),
@@ -165,81 +174,8 @@ def _devices(world: ranks.World, config: FinetuneConfig, is_synchronised: bool) 
         "devices": world.local_size,
         "num_nodes": world.nodes,
         "strategy": strategy,
-        "plugins": [TorchElasticEnvironment()],
+        "plugins": [TorchElasticEnvironment(), Renamed()],
     }
-
-
-@contextmanager
-def _everywhere(file: Path, exists: bool, workspace: Path) -> Iterator[Path | None]:
-    """The first process's file, on every machine; None where it does not exist there."""
-    if not exists:
-        yield None
-        return
-    digest = ranks.from_first(lambda: _digest(file))
-    has_it = file.is_file() and _digest(file) == digest
-    if all(ranks.gather(has_it)):
-        yield file
-        return
-    content = ranks.from_first(file.read_bytes)
-    if has_it:
-        yield file
-        return
-    workspace.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workspace, prefix="resumed-") as folder:
-        here = Path(folder) / file.name
-        here.write_bytes(content)
-        yield here
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "blake2b").hexdigest()
-
-
-def _weights(checkpoint: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The epoch, from 1, and the model's weights."""
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    prefix = "model."
-    weights = {key.removeprefix(prefix): value for key, value in state["state_dict"].items() if key.startswith(prefix)}
-    return int(state["epoch"]) + 1, weights
-
-
-def check_resumable(last: Path, config: FinetuneConfig) -> None:
-    """Raises StocktakeError unless going on from this checkpoint gives what never stopping would have given.
-
-    Rates, schedule and optimizer come out of the checkpoint: changed settings would be ignored without a word.
-    """
-    try:
-        then: dict[str, object] = torch.load(last, weights_only=True, map_location="cpu")[SETTINGS]
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise StocktakeError(f"{last} is no checkpoint to go on from ({reason}): train anew without --resume") from None
-    now = resume_settings(config)
-    # a setting that the checkpoint does not know is younger than it
-    differing = [f"--{name} {then[name]} (now {now[name]})" for name in now if then.get(name, now[name]) != now[name]]
-    if differing:
-        raise StocktakeError(f"{last} was trained with {', '.join(differing)}: give the same, or train anew")
-
-
-def _is_resumable(last: Path, config: FinetuneConfig) -> bool:
-    if not last.exists():
-        return False
-    check_resumable(last, config)
-    return True
-
-
-class Checkpoint(ModelCheckpoint):
-    """Still knows its best epoch when the run's folder was moved."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Its files are where the folder is now."""
-
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        ranked = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": ranked, "dirpath": self.dirpath})
 
 
 class LastStep(Callback):
@@ -264,12 +200,20 @@ class EpochLine(Callback):
         self._on_epoch = on_epoch
         self._lr = lr
         self._started = time.monotonic()
-        self._sigterm = signal.getsignal(signal.SIGTERM)
+        self._earlier = 0.0
+        """Seconds of the epoch before the training was cut off within it."""
+
+    def state_dict(self) -> dict[str, float]:
+        """The seconds of the epoch so far."""
+        return {"seconds": time.monotonic() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Those of an epoch that goes on."""
+        self._earlier = state_dict["seconds"]
 
     def on_train_start(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """Lightning answers SIGTERM with a broadcast, for which processes that are gone would be waited for."""
-        if ranks.world().size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._sigterm)
+        """Go on with the clock: an epoch that is gone on with has no start."""
+        self._started = time.monotonic() - self._earlier
 
     def on_train_epoch_start(self, _trainer: Trainer, _module: LightningModule) -> None:
         """Start the clock."""

@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from stocktake import ranks
@@ -23,6 +23,8 @@ from stocktake.models.network import NetworkModel
 
 SETTINGS = "stocktake.settings"
 """Where a checkpoint holds what it was trained with."""
+COUNTED = "stocktake.counted"
+"""Where it holds what each process had counted of an epoch's batches."""
 
 
 class NetworkModule(LightningModule):
@@ -50,7 +52,7 @@ class NetworkModule(LightningModule):
         # a soft target is the class's row of the smoothing table, weighed by the class
         soft = self.get_buffer("smoothing")[targets]
         weights = self.get_buffer("class_weights")[targets]
-        loss = -(soft * F.log_softmax(logits.float(), 1)).sum(1).mul(weights).sum() / _mean_over_ranks(weights.sum())
+        loss = -(soft * F.log_softmax(logits.float(), 1)).sum(1).mul(weights).sum() / mean_over_ranks(weights.sum())
         self.train_loss.update(F.cross_entropy(logits.detach().float(), targets), weight=len(targets))
         self.train_confusion.update(logits.detach().argmax(1), targets)
         return loss
@@ -63,6 +65,10 @@ class NetworkModule(LightningModule):
         logits = self.model(photos)
         self.val_loss.update(F.cross_entropy(logits.float(), targets), weight=len(targets))
         self.val_confusion.update(logits.argmax(1), targets)
+
+    def on_train_start(self) -> None:
+        """As at the start of an epoch: one that is gone on with has none."""
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Hold the backbone still while it is frozen."""
@@ -82,8 +88,20 @@ class NetworkModule(LightningModule):
         self.log_dict({f"val/{name}": figures[name] for name in names}, sync_dist=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint was trained with."""
+        """Say what the checkpoint was trained with, and what was counted of the epoch so far."""
         checkpoint[SETTINGS] = resume_settings(self._config)
+        names = ("train_loss", "train_confusion")
+        checkpoint[COUNTED] = ranks.gather({name: _states(getattr(self, name)) for name in names})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count on: each process where it was; of another number of processes the first one has it all."""
+        counted, world = checkpoint.get(COUNTED, []), ranks.world()
+        own = counted[world.rank : world.rank + 1] if len(counted) == world.size else counted * (world.rank == 0)
+        for share in own:
+            for name, states in share.items():
+                metric: Metric = getattr(self, name)
+                for state, value in states.items():
+                    setattr(metric, state, getattr(metric, state) + value.to(metric.device))
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, stepped with every batch."""
@@ -130,8 +148,8 @@ class NetworkModule(LightningModule):
         return found | {"loss": loss}
 
 
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a scalar over all processes; the value itself where there is one."""
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of each number over all processes; the value itself where there is one."""
     size = ranks.world().size
     if size > 1:
         torch.distributed.all_reduce(value)
@@ -139,10 +157,15 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def _states(metric: Metric) -> dict[str, Tensor]:
+    """What a metric has summed in this process."""
+    return {name: value.cpu() for name, value in metric.metric_state.items() if isinstance(value, Tensor)}
+
+
 def resume_settings(config: FinetuneConfig) -> dict[str, object]:
     """By option, what a training must have in common with the one that it goes on from."""
     names = ["backbone", "image_size", "seed", "batch_size", "lr", "weight_decay"]
-    free = {"workers", "patience", "collective_timeout", "world_size"}
+    free = {"workers", "patience", "collective_timeout", "world_size", "checkpoint_minutes"}
     if config.training.schedule == "constant":
         free.add("max_steps")
     else:

@@ -17,7 +17,8 @@ from stocktake.models.inference import pick_device
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import choose_precision
 from stocktake.tracking.runs import TrackedRun
-from stocktake.training.fit import LAST, EpochVerdict, Fitted, fit
+from stocktake.training.checkpoints import LAST
+from stocktake.training.fit import EpochVerdict, Fitted, fit
 from stocktake.workflows.rung import Bench, Rung, record_model, rung_run, set_up
 
 LR_RULE = "lr belongs to the global batch: it is the same for any number of processes"
