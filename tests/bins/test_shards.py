@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +30,7 @@ from stocktake.bins.source import FolderSource
 from stocktake.bins.splits import SPLITS
 from stocktake.config import BinsConfig, DataConfig, S3Config, SplitConfig
 from stocktake.errors import StocktakeError
+from stocktake.training.data import BinsDataModule
 from stocktake.workflows.data import data
 
 pytestmark = pytest.mark.aws
@@ -153,6 +157,33 @@ def test_a_published_set_is_the_original(kind: str, config: DataConfig, private_
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_training_meets_the_same_photos_in_the_same_order_from_folder_shards_and_channels(
+    config: DataConfig, private_bucket: str, tmp_path: Path
+) -> None:
+    address = f"{private_bucket}/sets/one"
+    original, _, _ = published(config, address)
+    download(address, tmp_path / "channels")
+    channels = build_manifest(elsewhere(config, tmp_path / "c", str(tmp_path / "channels")))
+    streamed = build_manifest(elsewhere(config, tmp_path / "s", address))
+    seen, given = {}, {}
+    for name, manifest in (("folder", original), ("shards", streamed), ("channels", channels)):
+        photos = prepare_photos(manifest.source, manifest.bins, 32, tmp_path / name)
+        loader = BinsDataModule(manifest, photos, batch_size=8, augment="full", workers=0, seed=5).train_dataloader()
+        ids = manifest.split("train")["id"]
+        seen[name], given[name] = [], []
+        for epoch in (0, 1):
+            loader.batch_sampler.sampler.set_epoch(epoch)
+            seen[name] += [[ids[row] for _, row in batch] for batch in loader.batch_sampler]
+            given[name] += [batch.numpy() for batch, _ in loader]
+    assert seen["folder"] == seen["shards"] == seen["channels"]
+    half = len(seen["folder"]) // 2
+    assert half > 2
+    assert seen["folder"][:half] != seen["folder"][half:]
+    for name in ("shards", "channels"):
+        assert all(np.array_equal(one, other) for one, other in zip(given[name], given["folder"], strict=True))
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_what_did_not_change_is_not_sent_again(
     config: DataConfig,
     private_bucket: str,
@@ -197,6 +228,51 @@ def test_a_publication_that_was_cut_off_goes_on(
     _, index, sent = published(config, private_bucket)
     assert sent == len(index.shards) - 2
     assert build_manifest(elsewhere(config, tmp_path, private_bucket)).fingerprint == index.fingerprint
+
+
+PUBLISH = """
+import sys, time
+from stocktake import cli
+from stocktake.bins import s3_source, shards
+shards._BYTES_PER_MB = 30_000  # some ten shards
+put = s3_source.Bucket.put
+s3_source.Bucket.put = lambda *arguments: (time.sleep(0.5), put(*arguments))
+cli.main(["data", *sys.argv[1:]])
+"""
+
+
+def test_a_publication_that_was_killed_goes_on(
+    config: DataConfig, private_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    killed, undisturbed = f"{private_bucket}/killed", f"{private_bucket}/undisturbed"
+    client = boto3.client("s3")
+
+    def held(address: str) -> dict[str, str]:
+        place = S3Address.parse(address)
+        found = client.list_objects_v2(Bucket=place.bucket, Prefix=f"{place.prefix}/").get("Contents", [])
+        return {one["Key"].removeprefix(f"{place.prefix}/"): one["ETag"] for one in found}
+
+    words = ["--root", config.root, "--workspace", config.workspace, "--split.seed", str(SPLIT.seed)]
+    words += ["--split.fractions", str(list(SPLIT.fractions)), "--shard_mb", "1", "--publish", killed]
+    process = subprocess.Popen([sys.executable, "-c", PUBLISH, *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(held(killed)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = held(killed)
+    assert len(kept) >= 2
+    assert {Path(name).suffix for name in kept} == {".tar"}
+    with pytest.raises(StocktakeError, match="holds no bins"):  # nobody takes half a set for a whole one
+        build_manifest(elsewhere(config, tmp_path, killed))
+
+    monkeypatch.setattr(shards, "_BYTES_PER_MB", 30_000)
+    (original, index, sent), (_, _, all_sent) = (published(config, place) for place in (killed, undisturbed))
+    assert all_sent == len(index.shards)
+    assert sent == len(index.shards) - len(kept)
+    assert held(killed) == held(undisturbed)
+    assert {name: held(killed)[name] for name in kept} == kept
+    assert build_manifest(elsewhere(config, tmp_path, killed)).fingerprint == original.fingerprint
 
 
 @pytest.mark.usefixtures("small_shards")
