@@ -259,6 +259,33 @@ def test_a_spot_instance_is_taken_back_after_seconds(rehearsal: RehearsalProcess
     assert "Interrupted" in [one["Status"] for one in job["SecondaryStatusTransitions"]]
 
 
+def test_a_spot_job_waits_for_machines_as_long_as_it_was_told(rehearsal: RehearsalProcess) -> None:
+    """What is not to be had in time stops it; it waits again after an interruption."""
+
+    def train(name: str, capacity_after: str, longest: int) -> None:
+        rehearsal.train(
+            name,
+            "test -e /opt/ml/checkpoints/begun && exit 0; touch /opt/ml/checkpoints/begun; echo begun; sleep 600",
+            EnableManagedSpotTraining=True,
+            StoppingCondition={"MaxRuntimeInSeconds": longest, "MaxWaitTimeInSeconds": longest},
+            CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/{name}"},
+            Tags=[{"Key": "rehearsal:capacity-after", "Value": capacity_after}],
+            Environment={"REHEARSAL_INTERRUPT_AFTER": "begun"},
+        )
+
+    train("spot-patient", "1", 600)
+    train("spot-impatient", "600", 1)
+    job = rehearsal.ended("spot-impatient")
+    assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
+    assert rehearsal.log("spot-impatient/") == []
+    train("spot-stopped", "600", 600)
+    rehearsal.client("sagemaker").stop_training_job(TrainingJobName="spot-stopped")
+    assert rehearsal.ended("spot-stopped")["SecondaryStatus"] == "Stopped"
+    assert rehearsal.ended("spot-patient")["TrainingJobStatus"] == "Completed"
+    with pytest.raises(ClientError, match="capacity-after takes seconds"):
+        train("spot-odd", "soon", 600)
+
+
 def test_checkpoints_go_to_s3_while_the_job_runs(rehearsal: RehearsalProcess) -> None:
     rehearsal.train(
         "checkpoints",

@@ -23,16 +23,11 @@ from stocktake.rehearsal.containers import Container, Machine, stop
 from stocktake.rehearsal.listings import page
 from stocktake.rehearsal.permissions import role_variables
 from stocktake.rehearsal.records import JobMetrics, LogStream
+from stocktake.rehearsal.spot import Spot
 from stocktake.rehearsal.storage import Storage
 from stocktake.rehearsal.training_hosts import Host, lay_out_hosts
 
-INTERRUPT_TAG = "rehearsal:interrupt-after"
-"""Tag of a managed spot job: seconds, or a regular expression for a log line, after which it is interrupted, once."""
-INTERRUPT_VARIABLE = "REHEARSAL_INTERRUPT_AFTER"
-"""The same, in the job's environment."""
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
-SPOT_PRICE = 0.3
-"""Of managed spot, in terms of the full price: what is billed is that share of the seconds."""
 _SYNC_SECONDS = 1.0
 """Between two looks at the checkpoints."""
 _MESSAGES = {
@@ -85,10 +80,7 @@ class TrainingJob:
         self._guard = threading.RLock()
         self._woken = threading.Event()
         self._stopping = threading.Event()
-        self._interrupt_after = self._environment.get(INTERRUPT_VARIABLE) or next(
-            (tag["Value"] for tag in self.tags if tag["Key"] == INTERRUPT_TAG), ""
-        )
-        self._interrupt_now = False
+        self._spot = Spot(request)
         self._trained = 0.0
         """Seconds in containers, over all attempts."""
         now = utcnow()
@@ -105,10 +97,6 @@ class TrainingJob:
             "SecondaryStatusTransitions": [],
         }
         self._enter("Starting")
-
-    @property
-    def _environment(self) -> dict[str, str]:
-        return self._request.get("Environment") or {}
 
     @property
     def has_ended(self) -> bool:
@@ -160,10 +148,9 @@ class TrainingJob:
             self.facts["SecondaryStatusTransitions"][-1]["EndTime"] = now
             began = self.facts.setdefault("TrainingStartTime", now)
             seconds = max(1, math.ceil((now - began).total_seconds()))
-            share = SPOT_PRICE if self._request.get("EnableManagedSpotTraining") else 1
             self.facts |= {
                 "TrainingTimeInSeconds": seconds,
-                "BillableTimeInSeconds": max(1, math.ceil(min(seconds, self._trained + 1) * share)),
+                "BillableTimeInSeconds": max(1, math.ceil(self._spot.billed(min(seconds, self._trained + 1)))),
                 "TrainingEndTime": now,
             }
             if reason and status == "Failed":
@@ -175,6 +162,8 @@ class TrainingJob:
         """Run until it ends otherwise than by an interruption: its status, secondary status and failure reason."""
         began = time.monotonic()
         while True:
+            if (given_up := self._wait_for_capacity(began)) is not None:
+                return "Stopped", given_up.value, ""
             self._enter_unless_stopping("Downloading")
             self.facts.setdefault("TrainingStartTime", utcnow())
             hosts = lay_out_hosts(self._folder, self._request, self._storage)
@@ -200,6 +189,23 @@ class TrainingJob:
         written = next((host.failure for host in hosts if host.failure), "")
         return "Failed", "Failed", f"AlgorithmError: {written}, exit code: {code}"
 
+    def _wait_for_capacity(self, began: float) -> Ending | None:
+        """Until there are machines: None, or why that is not waited for any more."""
+        until = time.monotonic() + self._spot.capacity_seconds
+        while (now := time.monotonic()) < until:
+            if self._stopping.is_set():
+                return Ending.STOPPED
+            if now - began > self._longest_wait:
+                return Ending.OVER_WAIT
+            self._woken.wait(min(_SYNC_SECONDS, until - now))
+            self._woken.clear()
+        return None
+
+    @property
+    def _longest_wait(self) -> float:
+        """Seconds from its beginning to its end, at most."""
+        return float(self._request["StoppingCondition"].get("MaxWaitTimeInSeconds", math.inf))
+
     def _enter_unless_stopping(self, status: str) -> None:
         with self._guard:
             if not self._stopping.is_set():
@@ -207,9 +213,7 @@ class TrainingJob:
 
     def _train(self, hosts: list[Host], began: float) -> tuple[Ending, list[int]]:
         """Run the containers until all have ended: why, and the codes of those that failed first."""
-        condition = self._request["StoppingCondition"]
-        longest = condition.get("MaxRuntimeInSeconds", 86400) - self._trained
-        wait = condition.get("MaxWaitTimeInSeconds", math.inf)
+        longest = self._request["StoppingCondition"].get("MaxRuntimeInSeconds", 86400) - self._trained
         if not self._machine.confined and len(hosts) > 1:
             raise ValidationError(message="several hosts need private mount namespaces, which this machine forbids")
         if self._stopping.is_set():
@@ -230,25 +234,15 @@ class TrainingJob:
                     return Ending.BY_THEMSELVES, [code for code in codes if code is not None]
                 if self._stopping.is_set():
                     return Ending.STOPPED, []
+                if time.monotonic() - began > self._longest_wait:
+                    return Ending.OVER_WAIT, []
                 if ran > longest:
                     return Ending.OVER_RUNTIME, []
-                if time.monotonic() - began > wait:
-                    return Ending.OVER_WAIT, []
-                if self._is_due(ran):
-                    self._interrupt_after = ""
+                if self._spot.takes_back(ran):
                     return Ending.INTERRUPTED, []
         finally:
             stop(containers, self._machine.grace)
             self._trained += time.monotonic() - started
-
-    def _is_due(self, ran: float) -> bool:
-        """Whether the spot instance is taken away now."""
-        if not self._interrupt_after or not self._request.get("EnableManagedSpotTraining"):
-            return False
-        try:
-            return ran > float(self._interrupt_after)
-        except ValueError:
-            return self._interrupt_now
 
     def _start(self, host: Host, hosts: list[Host]) -> Container:
         specification = self._request["AlgorithmSpecification"]
@@ -261,13 +255,15 @@ class TrainingJob:
         isolated = self._request.get("EnableNetworkIsolation", False)
         environment = self._machine.environment(host.folder.parent, isolated)
         environment |= {} if isolated else role_variables(self._backend, self._request["RoleArn"])
-        environment |= self._environment | {"TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
+        environment |= (self._request.get("Environment") or {}) | {
+            "TRAINING_JOB_NAME": self.name,
+            "TRAINING_JOB_ARN": self.arn,
+        }
 
         def on_line(line: str) -> None:
             stream.write(line)
             self.metrics.read(line)
-            if self._interrupt_after and re.search(self._interrupt_after, line):
-                self._interrupt_now = True
+            if self._spot.read(line):
                 self._woken.set()
 
         high, low = divmod(self._number, 250)
