@@ -19,10 +19,11 @@ POLICIES = Path(__file__).parents[2] / "deploy" / "policies"
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RehearsalProcess]:
     """The local AWS of the session. A stopped container has five seconds; tests choose names of their own in it.
 
-    The image `program` runs the file `main` of the channel `program`, as `model-program` runs the model's.
+    The image `program` runs the file `main` of the channel `program`, as `model-program` runs the model's; `broken`
+    fails once there is a file GATE.
     """
     images = {
-        "*/broken:*": f"{sys.executable} -c 'raise SystemExit(3)'",
+        "*/broken:*": "sh -c 'until test -e ${GATE:-/}; do sleep 0.1; done; exit 3'",
         "*/program:*": f"{sys.executable} /opt/ml/input/data/program/main",
         "*/model-program:*": f"{sys.executable} /opt/ml/model/main",
     }

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,6 @@ def test_the_life_of_an_endpoint(
     created = sagemaker.create_endpoint(
         EndpointName="life", EndpointConfigName=configure(rehearsal, "life-1", answers_2=1)
     )
-    assert sagemaker.describe_endpoint(EndpointName="life")["EndpointStatus"] == "Creating"
-    with pytest.raises(ClientError, match="already existing endpoint"):
-        sagemaker.create_endpoint(EndpointName="life", EndpointConfigName="life-1")
-    with pytest.raises(ClientError, match="in-progress"):
-        sagemaker.update_endpoint(EndpointName="life", EndpointConfigName="life-1")
     said = settled(rehearsal, "life")
     assert said["EndpointStatus"] == "InService", (said, rehearsal.log("answers-2/", "/aws/sagemaker/Endpoints/life"))
     assert said["EndpointArn"] == created["EndpointArn"]
@@ -146,9 +142,23 @@ def test_the_life_of_an_endpoint(
         ask(rehearsal, "life", photo)
 
 
-def test_an_endpoint_whose_container_does_not_start_fails(rehearsal: RehearsalProcess, models: dict[str, str]) -> None:
+def test_an_endpoint_whose_container_does_not_start_fails(
+    rehearsal: RehearsalProcess, models: dict[str, str], tmp_path: Path
+) -> None:
     sagemaker = rehearsal.client("sagemaker")
-    sagemaker.create_endpoint(EndpointName="failing", EndpointConfigName=configure(rehearsal, "failing", broken=1))
+    container = {"Image": "1.dkr.ecr/broken:1", "Environment": {"GATE": str(tmp_path / "gate")}}
+    sagemaker.create_model(ModelName="failing", ExecutionRoleArn=rehearsal.role, PrimaryContainer=container)
+    sagemaker.create_endpoint(EndpointName="failing", EndpointConfigName=configure(rehearsal, "failing", failing=1))
+    assert sagemaker.describe_endpoint(EndpointName="failing")["EndpointStatus"] == "Creating"
+    with pytest.raises(ClientError, match="already existing endpoint"):
+        sagemaker.create_endpoint(EndpointName="failing", EndpointConfigName="failing")
+    for asked in (
+        lambda: sagemaker.update_endpoint(EndpointName="failing", EndpointConfigName="failing"),
+        lambda: sagemaker.delete_endpoint(EndpointName="failing"),
+    ):
+        with pytest.raises(ClientError, match="in-progress"):
+            asked()
+    (tmp_path / "gate").touch()
     said = settled(rehearsal, "failing")
     assert said["EndpointStatus"] == "Failed"
     assert "did not pass the ping health check" in said["FailureReason"]

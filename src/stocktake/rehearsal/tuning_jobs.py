@@ -23,6 +23,7 @@ from moto.sagemaker.utils import arn_formatter
 from stocktake.rehearsal import checks
 from stocktake.rehearsal.containers import Machine
 from stocktake.rehearsal.listings import page
+from stocktake.rehearsal.ranges import distributions_of
 from stocktake.rehearsal.training_jobs import TrainingJob, check_job, create_job
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class TuningJob:
             self._woken.clear()
 
     def _try(self, study: optuna.Study) -> Trial:
-        asked = study.ask(_distributions(self.config["ParameterRanges"]))
+        asked = study.ask(distributions_of(self.config["ParameterRanges"]))
         chosen = {name: _text(value) for name, value in asked.params.items()}
         number = f"{len(self.trials) + 1:03d}"
         request = {
@@ -204,7 +205,7 @@ class TuningJob:
             else optuna.samplers.RandomSampler(seed=seed)
         )
         study = optuna.create_study(sampler=sampler, direction="maximize" if self.maximizes else "minimize")
-        distributions = _distributions(self.config["ParameterRanges"])
+        distributions = distributions_of(self.config["ParameterRanges"])
         for parent in (self._request.get("WarmStartConfig") or {}).get("ParentHyperParameterTuningJobs", []):
             there = self._backend.hyper_parameter_tuning_jobs[parent["HyperParameterTuningJobName"]]
             for trial in cast("TuningJob", there).trials:
@@ -248,36 +249,6 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _distributions(ranges: dict[str, Any]) -> dict[str, Any]:
-    """Optuna's, of a request's ParameterRanges.
-
-    Raises:
-        ValidationError: a range that is none.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    found: dict[str, Any] = {}
-    try:
-        for one in ranges.get("IntegerParameterRanges", []):
-            found[one["Name"]] = IntDistribution(int(one["MinValue"]), int(one["MaxValue"]), log=_is_log(one))
-        for one in ranges.get("ContinuousParameterRanges", []):
-            found[one["Name"]] = FloatDistribution(float(one["MinValue"]), float(one["MaxValue"]), log=_is_log(one))
-    except ValueError as error:
-        raise ValidationError(message=f"Invalid range of hyperparameter {one['Name']}: {error}") from None
-    for one in ranges.get("CategoricalParameterRanges", []):
-        found[one["Name"]] = CategoricalDistribution(one["Values"])
-    return found
-
-
-def _is_log(one: dict[str, str]) -> bool:
-    """Whether a range's scale is logarithmic; Auto is, where it spans two orders of magnitude or more."""
-    low, high = float(one["MinValue"]), float(one["MaxValue"])
-    scale = one.get("ScalingType", "Auto")
-    if scale == "ReverseLogarithmic":
-        raise ValidationError(message=f"ScalingType ReverseLogarithmic of {one['Name']} is not here.")
-    return scale == "Logarithmic" or (scale == "Auto" and low > 0 and high / low >= 100)
-
-
 def _check(backend: SageMakerModelBackend, request: dict[str, Any]) -> None:
     """Raises ValidationError or ResourceInUseException: AWS would refuse the search."""
     name, jobs = request["HyperParameterTuningJobName"], backend.hyper_parameter_tuning_jobs
@@ -295,7 +266,7 @@ def _check(backend: SageMakerModelBackend, request: dict[str, Any]) -> None:
             message=f"A metric is required for this hyperparameter tuning job objective. Provide {metric} in the "
             "metric definitions."
         )
-    distributions = _distributions(config["ParameterRanges"])
+    distributions = distributions_of(config["ParameterRanges"])
     if not distributions:
         raise ValidationError(message="At least one hyperparameter range is required.")
     static = definition.get("StaticHyperParameters") or {}
