@@ -44,7 +44,7 @@ class JobSettings:
     max_run_seconds: int = 4 * 3600
     """The job is stopped after this long; its run is then KILLED and keeps what it has."""
     spot: bool = False
-    """Spare capacity at a lower price; an interrupted job goes on from its last epoch."""
+    """Spare capacity at a lower price; an interrupted job goes on at the batch it was at."""
     max_wait_seconds: int | None = None
     """Spot: how long to wait for capacity and run, together. Default: max_run_seconds and an hour."""
     tags: dict[str, str] = field(default_factory=dict)

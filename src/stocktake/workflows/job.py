@@ -108,7 +108,7 @@ def unfinished_run(runs: Path) -> Path | None:
         if (path.parent / "checkpoints" / "last.ckpt").is_file():
             found = path.parent
         elif folder.state.attach_run_id == os.environ.get("MLFLOW_RUN_ID"):
-            shutil.rmtree(path.parent)  # interrupted in its first epoch: nothing in it is worth a second run
+            shutil.rmtree(path.parent)  # interrupted before its first checkpoint: nothing in it is worth a second run
     return found
 
 

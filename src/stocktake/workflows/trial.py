@@ -168,8 +168,8 @@ def _trial(study: Study, number: int) -> Trial:
 def run_trial(folder: StudyFolder, study: Study, trial: Trial, bench: Bench) -> TrialState:
     """Train what the trial says in a child run, and tell the study how it ended.
 
-    A trial that was begun before goes on in its own run, from its last epoch. The test split is not read. Where the
-    study's trials have several processes, they are started here.
+    A trial that was begun before goes on in its own run, from its last checkpoint. The test split is not read. Where
+    the study's trials have several processes, they are started here.
 
     Returns:
         COMPLETE, PRUNED or FAIL.
