@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +30,16 @@ ROLE = "stocktake-rehearsal"
 """A bucket and a role that are there from the start."""
 _PREFIX = "stocktake-rehearsal-"
 _LOCK = "server.lock"
+_HEIR = """
+import os, shutil, sys, time
+sys.stdin.read()
+for _ in range(100):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    if not os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.05)  # containers that are just being killed still write
+"""
+"""A process that outlives the server: the folder goes with it also when it is killed."""
 
 
 class Rehearsal:
@@ -54,6 +66,9 @@ class Rehearsal:
             raise StocktakeError(f"--state {state}: {error.strerror}; name a folder that can be written") from None
         self._lock = FileLock(self.folder / _LOCK)
         self._lock.try_acquire()
+        self._heir = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _HEIR, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
             confined = can_confine(self.folder)
             port = _bindable(port)
@@ -86,7 +101,7 @@ class Rehearsal:
             machine.close()
         if hasattr(self, "_server"):
             self._server.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._heir.communicate()
         self._lock.release()
 
     def __enter__(self) -> Rehearsal:
@@ -118,7 +133,7 @@ class Rehearsal:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what servers that were killed have left in `folder`: a living one holds its lock."""
+    """Remove what servers have left in `folder` that ended with the whole machine: a living one holds its lock."""
     for left in folder.glob(f"{_PREFIX}*"):
         if not (left / _LOCK).exists() or not os.access(left, os.W_OK):
             continue
