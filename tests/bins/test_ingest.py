@@ -320,6 +320,40 @@ def test_only_as_many_objects_as_requests_are_in_memory(
     assert 1 <= most <= 3
 
 
+FETCH = """
+import resource, sys
+from stocktake.bins.ingest import Mirror
+from stocktake.bins.s3_source import S3Address
+from stocktake.config import BinsConfig, S3Config
+
+workspace, count = sys.argv[1], int(sys.argv[2])
+config = BinsConfig(root="s3://bins", workspace=workspace, s3=S3Config(concurrency=8))
+mirror = Mirror(S3Address.parse(config.root), config)
+mirror.open()
+keys = [f"bin-images/{number:05d}.jpg" for number in range(count)]
+for part in (keys[:50], keys):
+    mirror.fetch(lambda: part, "photos")
+    print(mirror.bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_more_photos_do_not_take_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 MB more of them, in a process of its own: less than a quarter of it at its peak."""
+    photos = tmp_path / "root" / "bin-images"
+    photos.mkdir(parents=True)
+    (photos / "00000.jpg").write_bytes(os.urandom(2**18))
+    for number in range(1, 450):
+        os.link(photos / "00000.jpg", photos / f"{number:05d}.jpg")
+    with serve(tmp_path / "root") as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        command = [sys.executable, "-c", FETCH, str(tmp_path / "workspace"), "450"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (first, before), (all_of_them, after) = (map(int, line.split()) for line in said.splitlines())
+    assert (first, all_of_them) == (50 * 2**18, 450 * 2**18)
+    assert after - before < 25 * 2**20
+
+
 def test_of_two_at_once_one_fetches(config: BinsConfig, root: Path, server: Server) -> None:
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda one: open_root("s3://bins", one, range(1, 6), None), [config, config]))
