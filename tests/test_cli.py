@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from stocktake.cli import COMMANDS, parse
+from stocktake.commands import COMMANDS, parse
 from stocktake.errors import StocktakeError
 
 REPOSITORY = Path(__file__).parents[1]

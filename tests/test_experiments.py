@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stocktake.cli import ALIASES, COMMANDS, find_experiment, parse
+from stocktake.commands import ALIASES, COMMANDS, find_experiment, parse
 from stocktake.errors import StocktakeError
 from stocktake.tuning.stages import find_space, stage_config
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stocktake.cli import ALIASES, COMMANDS, parse
+from stocktake.commands import ALIASES, COMMANDS, parse
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = yaml.safe_load((REPOSITORY / "MLproject").read_text())

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from stocktake import cli
 from stocktake.cloud.packing import pack_source
 from stocktake.cloud.parameters import as_arguments, read_parameters
 from stocktake.cloud.request import Inputs, check_request, job_name, training_job
 from stocktake.cloud.settings import JobSettings
+from stocktake.commands import parse
 from stocktake.errors import StocktakeError
 
 PROJECT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def test_an_experiment_goes_along_as_parameters(tmp_path: Path) -> None:
     assert "experiment" not in given
     assert given["epochs"] == "2", "what is given on the command line wins"
     command, arguments = as_arguments(given, Path("/opt/ml/input/data"))
-    config = cli.parse(command, arguments)
+    config = parse(command, arguments)
     assert (config.epochs, config.lr, config.split.fractions) == (2, 1e-3, (0.7, 0.2, 0.1))
 
 

@@ -13,12 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stocktake import cli
 from stocktake.cloud.parameters import SPACE, as_arguments, read_parameters
 from stocktake.cloud.request import Inputs
 from stocktake.cloud.search import chosen_settings, names, parameter_ranges
 from stocktake.cloud.settings import JobSettings
 from stocktake.cloud.tuning_request import is_tuning_name, tuning_job, tuning_name
+from stocktake.commands import parse
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.tuning.space import Range, Space, parse_space
@@ -122,7 +122,7 @@ def test_a_trial_gets_its_command_line(stage: str, tmp_path: Path) -> None:
         chosen |= {one["Name"]: one.get("MinValue") or one["Values"][0] for one in ranges}
     command, arguments = as_arguments(checked.hyperparameters | chosen | {"_tuning_objective_metric": "x"}, tmp_path)
     assert command == "remote_trial"
-    config = cli.parse(command, arguments)
+    config = parse(command, arguments)
     assert (config.stage, config.task) == (stage, "0-5")
     assert "trials" not in checked.hyperparameters
     for one in space.all_dimensions():

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stocktake.cli import parse
+from stocktake.commands import parse
 from stocktake.config import (
     ClassicalConfig,
     EvaluateConfig,

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from stocktake.cli import parse
+from stocktake.commands import parse
 from stocktake.config import TrackingConfig, TrainingConfig, TuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import Stores

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocktake import cli
+from stocktake import commands
 from stocktake.cloud.settings import JobSettings
 from stocktake.errors import StocktakeError
 
@@ -63,14 +63,14 @@ def read_parameters(
     Raises:
         StocktakeError: a command that is no job, an unknown parameter, a value that does not fit.
     """
-    command = cli.ALIASES.get(entry_point, entry_point)
+    command = commands.ALIASES.get(entry_point, entry_point)
     if command not in JOBS:
         raise StocktakeError(f"-e {entry_point} does not run as a job: those that do are {', '.join(JOBS)}")
     for name, reason in _ELSEWHERE.items():
         if name in parameters and not (command == TUNE and name == "resume"):
             raise StocktakeError(f"-P {name} cannot be given to a job: {reason}")
     with contextlib.chdir(project):
-        config = cli.parse(command, [word for name, value in parameters.items() for word in (f"--{name}", value)])
+        config = commands.parse(command, [word for name, value in parameters.items() for word in (f"--{name}", value)])
         given = {**_experiment(parameters, command), **parameters}
     given.pop("experiment", None)
     given.pop("root", None)
@@ -149,8 +149,8 @@ def _experiment(parameters: Mapping[str, str], command: str) -> dict[str, str]:
     """The settings of the experiment's file by their dotted names, as text: the job has not got the file."""
     if "experiment" not in parameters:
         return {}
-    path = cli.find_experiment(parameters["experiment"])
-    return dict(_flat(cli.read_experiment(path, cli.COMMANDS[command].config)))
+    path = commands.find_experiment(parameters["experiment"])
+    return dict(_flat(commands.read_experiment(path, commands.COMMANDS[command].config)))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
