@@ -17,7 +17,7 @@ import torch
 from process_pair import ProcessGroup
 from stocktake.config import FinetuneConfig
 from stocktake.models.precision import PLAIN
-from stocktake.training.checkpoints import LAST
+from stocktake.training.checkpoints import LAST, Renamed
 from stocktake.training.fit import Fitted
 from stocktake.training.module import NetworkModule
 from stocktake.workflows.rung import Bench
@@ -72,7 +72,7 @@ def position(checkpoints: Path) -> tuple[int, int]:
 
 
 def assert_same_end(resumed: Trained, whole: Trained) -> None:
-    assert resumed[0] == whole[0][-len(resumed[0]) :]
+    assert resumed[0] == whole[0][len(whole[0]) - len(resumed[0]) :]
     assert resumed[1] == whole[1]
     for name, value in whole[2].items():
         assert torch.equal(resumed[2][name], value), name
@@ -189,7 +189,7 @@ def test_sigterm_ends_after_the_step_and_keeps_it(few_bins: Bench, tmp_path: Pat
     ],
     ids=["in validation", "in the last step", "told twice"],
 )
-def test_outside_of_steps_sigterm_ends_at_once(
+def test_where_nothing_can_be_kept_sigterm_ends_at_once(
     step: str, batch: int, deed: Callable[[], None], few_bins: Bench, tmp_path: Path
 ) -> None:
     given = config(epochs=3, batch_size=2, checkpoint_minutes=0)
@@ -208,6 +208,28 @@ def test_outside_of_steps_sigterm_ends_at_once(
     assert steps[-1] == (1, batch)
     assert position(tmp_path / "cut") == (1, 0)
     assert_same_end(train(few_bins, given, tmp_path / "cut"), whole)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_sigterm_waits_for_an_epochs_checkpoint(
+    epoch: int, few_bins: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(epochs=3, batch_size=2, checkpoint_minutes=0)
+    whole = train(few_bins, given, tmp_path / "whole")
+    save = Renamed.save_checkpoint
+
+    def told(files: Renamed, checkpoint: dict[str, Any], path: str, **settings: Any) -> None:
+        if checkpoint["epoch"] == epoch and Path(path).name == LAST:
+            sigterm()
+        save(files, checkpoint, path, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Renamed, "save_checkpoint", told)
+        train(few_bins, given, tmp_path / "cut")
+    assert position(tmp_path / "cut") == (epoch + 1, 0)
+    resumed = train(few_bins, given, tmp_path / "cut")
+    assert len(resumed[0]) == 2 - epoch
+    assert_same_end(resumed, (whole[0][epoch + 1 :], *whole[1:]))
 
 
 def _train_alone(bench: Bench, given: FinetuneConfig, checkpoints: Path) -> None:

@@ -1,7 +1,8 @@
 """`python faulty_rank.py ARGUMENTS` is `stocktake ARGUMENTS`, with a fault in one process at the start of an epoch.
 
-FAULT in the environment is "RANK ATTEMPT EPOCH DEED"; a process that comes there writes its id into FAULT_FILE first.
-DEED is kill, raise, mend (an error that the user can mend), or wait (for whoever does something to it).
+FAULT in the environment is "RANK ATTEMPT EPOCH DEED", or "RANK ATTEMPT EPOCH DEED BATCH" for the start of a batch (from
+0); a process that comes there writes its id into FAULT_FILE first. DEED is kill, raise, mend (an error that the user
+can mend), term (SIGTERM to the launcher), or wait (for whoever does something to it).
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ def _break() -> None:
     from stocktake.errors import StocktakeError
     from stocktake.training.fit import EpochLine
 
-    rank, attempt, epoch, deed = os.environ["FAULT"].split()
+    rank, attempt, epoch, deed, *batch = os.environ["FAULT"].split()
+    place_in_job = (int(rank), int(attempt), int(epoch), *map(int, batch))
 
-    def fail(_line: EpochLine, trainer: Any, _module: Any) -> None:
+    def fail(_line: EpochLine, trainer: Any, _module: Any, _batch: Any = None, index: int = 0) -> None:
         world = ranks.world()
-        if (world.rank, world.attempt, trainer.current_epoch + 1) != (int(rank), int(attempt), int(epoch)):
+        here = (world.rank, world.attempt, trainer.current_epoch + 1, index)
+        if here[: len(place_in_job)] != place_in_job:
             return
         place = Path(os.environ["FAULT_FILE"])
         place.with_suffix(".part").write_text(str(os.getpid()))
@@ -47,9 +50,14 @@ def _break() -> None:
             raise ValueError("boom")
         if deed == "mend":
             raise StocktakeError("--lr is off: give another")
-        time.sleep(120)
+        if deed == "term":
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(1 if deed == "term" else 120)
 
-    EpochLine.on_train_epoch_start = fail  # type: ignore[method-assign]
+    if batch:
+        EpochLine.on_train_batch_start = fail  # type: ignore[method-assign]
+    else:
+        EpochLine.on_train_epoch_start = fail  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
+import torch
 
 from stocktake.config import DdpConfig, FinetuneConfig, SplitConfig
 from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import load_model
 from stocktake.models.inference import predict
 from stocktake.ranks import JobFailedError
+from stocktake.tracking.folder import RunFolder
 from stocktake.workflows.ddp import _failure, ddp, launch
 from stocktake.workflows.finetune import LR_RULE
 from stocktake.workflows.rung import set_up
@@ -183,6 +185,31 @@ def test_sigterm_ends_all_processes_and_the_run_is_killed(job: Job) -> None:
     assert ended.err == ""
     assert not any(worker.is_running() for worker in workers)
     assert job.run.info.status == "KILLED"
+
+
+def epoch_lines(ended: Ended) -> list[str]:
+    return re.findall(r"^(epoch=\d.*) elapsed_sec=", ended.out, re.M)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_told_to_end_and_then_killed_goes_on_within_an_epoch(job: Job) -> None:
+    command = (sys.executable, FAULTY, "ddp", "--nproc", "2")
+    whole = epoch_lines(job.wait(job.start(*command)))
+    assert len(whole) == 3
+    runs = {*Path("workspace/runs").iterdir()}
+    told = job.wait(job.start(*command, "--training.checkpoint_minutes", "0", fault="1 0 2 term 4"))
+    assert (told.code, told.err) == (128 + signal.SIGTERM, "")
+    assert epoch_lines(told) == whole[:1]
+    (folder,) = {*Path("workspace/runs").iterdir()} - runs
+    assert RunFolder.open(folder).state.status == "KILLED"
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["BinsDataModule"] == {"epoch": 1, "batches": 5}
+
+    often = ("--training.checkpoint_minutes", "1e-9", "--max_restarts", "1")
+    resumed = job.wait(job.start(*command, *often, "--resume", str(folder), fault="1 0 2 kill 6"))
+    assert resumed.code == 0, resumed.err
+    assert "restart 1" in resumed.out
+    assert epoch_lines(resumed) == whole[1:]
 
 
 MENDABLE = """

@@ -8,6 +8,7 @@ drawn by (seed, epoch, batch or row).
 from __future__ import annotations
 
 import hashlib
+import io
 import signal
 import tempfile
 import threading
@@ -43,8 +44,9 @@ class Renamed(TorchCheckpointIO):
     ) -> None:
         """Who reads `path` at any time finds a whole checkpoint, or none yet."""
         beside = Path(path).with_name(f".{Path(path).name}.part")
-        with beside.open("wb") as file:
-            torch.save(checkpoint, file)
+        content = io.BytesIO()  # torch's own errors hide those of a file: a full disk, Ctrl-C
+        torch.save(checkpoint, content)
+        beside.write_bytes(content.getbuffer())
         beside.replace(path)
 
 
@@ -65,8 +67,8 @@ class Checkpoint(ModelCheckpoint):
 class WithinEpoch(Callback):
     """Writes last.ckpt within an epoch too: every `minutes`, and when the process is told to end.
 
-    SIGTERM ends the training after the step that is under way; outside of an epoch's steps, or when it comes again, at
-    once. All processes write and end after the same step, as soon as one of them is told to.
+    SIGTERM ends the training after the step, or the end of an epoch, that is under way; in a validation, or when it
+    comes again, at once. All processes write and end after the same step, as soon as one of them is told to.
     """
 
     def __init__(self, last: Path, minutes: float) -> None:
@@ -75,7 +77,7 @@ class WithinEpoch(Callback):
         self._seconds = 60 * minutes
         self._written = time.monotonic()
         self._is_amid = False
-        """Whether steps of the epoch are still to come."""
+        """Whether what is under way ends with a checkpoint, for which SIGTERM waits."""
         self._is_told = False
         self._heard = signal.getsignal(signal.SIGTERM)
 
@@ -86,15 +88,13 @@ class WithinEpoch(Callback):
             signal.signal(signal.SIGTERM, self._heed)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """From here on SIGTERM waits for the step."""
+        """A step can be kept."""
         self._is_amid = True
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, _o: Any, _b: Any, index: int) -> None:
-        """Write between two steps. After the last one the epoch's own checkpoint is near."""
+        """Write between two steps; what a validation follows Lightning could not go on with."""
         if trainer.is_last_batch or trainer.should_stop:
-            self._is_amid = False
-            if self._is_told:
-                self._end()
+            self._pause()
             return
         if (index + 1) % trainer.accumulate_grad_batches:
             return  # gradients are not in a checkpoint
@@ -107,9 +107,23 @@ class WithinEpoch(Callback):
         if is_told:
             self._end()
 
-    def on_train_epoch_end(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """The epoch's own checkpoint counts."""
+    def on_validation_end(self, _trainer: Trainer, _module: LightningModule) -> None:
+        """The epoch's own checkpoint is about to be written."""
+        self._is_amid = True
+
+    def on_train_epoch_start(self, _trainer: Trainer, _module: LightningModule) -> None:
+        """The last epoch's checkpoint counts."""
         self._written = time.monotonic()
+        self._pause()
+
+    def on_train_end(self, _trainer: Trainer, _module: LightningModule) -> None:
+        """All is written."""
+        self._pause()
+
+    def _pause(self) -> None:
+        self._is_amid = False
+        if self._is_told:
+            self._end()
 
     def _heed(self, _number: int, _frame: FrameType | None) -> None:
         if self._is_amid and not self._is_told:
