@@ -181,6 +181,16 @@ def test_a_managed_server_that_is_away_is_named(managed: Gateway, monkeypatch: p
         Connection(Stores(ARN, ARN)).open()
 
 
+def test_another_store_in_between_changes_nothing(managed: Gateway, tmp_path: Path) -> None:
+    connection, other = Connection(Stores(ARN, ARN)), Connection(Stores(*[f"sqlite:///{tmp_path}/mlflow.db"] * 2))
+    for one in (connection, other, connection):
+        with one.bounded():
+            one.client.search_experiments(max_results=1)
+    other.open()
+    assert connection.trouble() is None
+    assert managed.refused == []
+
+
 def test_what_is_signed_with_another_secret_is_refused(managed: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     with pytest.raises(StocktakeError, match="signature we calculated does not match"):

@@ -107,11 +107,19 @@ class Connection:
         if is_managed(self.stores.tracking):
             from sagemaker_mlflow.host_creds import get_host_creds
 
-            _ = self.client  # the plugin signs for the address that MLflow was given last
+            _ = self.client
+            self._be_signed_for()
             return get_host_creds(self.stores.tracking)
         from mlflow.utils.credentials import get_default_host_creds
 
         return get_default_host_creds(self.stores.tracking)  # type: ignore[no-untyped-call]
+
+    def _be_signed_for(self) -> None:
+        """The plugin signs requests for the address that MLflow was given last."""
+        import mlflow
+
+        with _addresses_kept():
+            mlflow.set_tracking_uri(self.stores.tracking)
 
     def due(self) -> bool:
         """Whether to try now: the store is well, or it is time to look again and it is back."""
@@ -154,6 +162,8 @@ class Connection:
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow prints credentials in it
         }
+        if self._client is not None and is_managed(self.stores.tracking):
+            self._be_signed_for()  # another store may have been used in between
         # A block inside another one has its own way; what the user has set stays.
         changed = {name: os.environ.get(name) for name in asked if name in self._bounds or name not in os.environ}
         added = set(changed) - self._bounds
