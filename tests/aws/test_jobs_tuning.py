@@ -118,13 +118,14 @@ class Site:
     experiment: str
     root: str
     folder: Path
+    role: str
 
     @property
     def client(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient(self.uri, self.uri)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        given = {"role": self.rehearsal.role, "bucket": f"s3://{self.rehearsal.bucket}/tuning", "prices": PRICES}
+        given = {"role": self.role, "bucket": f"s3://{self.rehearsal.bucket}/stocktake/tuning", "prices": PRICES}
         return {**given, "image": "somewhere/stocktake-training:latest", "max_run_seconds": 600, **changes}
 
     def submit(self, space: dict[str, Any], settings: dict[str, Any] | None = None, **parameters: str) -> Run:
@@ -153,7 +154,9 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(rehearsal: RehearsalProcess, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(
+    rehearsal: RehearsalProcess, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("tuning")
     for path in [*tiny_root.glob("bin-images/*"), *tiny_root.glob("metadata/*")]:
         rehearsal.put(f"tiny-tuning/{path.relative_to(tiny_root)}", path.read_bytes())
@@ -162,13 +165,14 @@ def site(rehearsal: RehearsalProcess, tiny_root: Path, tmp_path_factory: pytest.
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
             patch.delenv(name)
-        for name, value in rehearsal.environment.items():
+        for name, value in rights.environment.items():
             patch.setenv(name, value)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.chdir(folder)
         before = mlflow.get_tracking_uri()
         experiment = mlflow.MlflowClient(uri, uri).create_experiment("tuning", artifact_location=str(folder / "stored"))
-        yield Site(rehearsal, uri, experiment, f"s3://{rehearsal.bucket}/tiny-tuning", folder / "workspace")
+        root = f"s3://{rehearsal.bucket}/tiny-tuning"
+        yield Site(rehearsal, uri, experiment, root, folder / "workspace", rights.role)
         mlflow.set_tracking_uri(before)
 
 
@@ -254,6 +258,15 @@ def test_following_it_again_from_elsewhere_changes_nothing(
     lines = [line for line in capsys.readouterr().out.splitlines() if searched.data.tags["job.name"] in line]
     assert len(lines) == 1, "its trials are not listed beside it"
     assert "Completed, 3 of 3 trials" in lines[0]
+
+
+def test_another_store_is_refused_by_name(
+    site: Site, searched: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (tmp_path / "other.db").write_bytes(lay_out_store(tmp_path_factory).read_bytes())
+    other = TrackingConfig(uri=f"sqlite:///{tmp_path}/other.db")
+    with pytest.raises(StocktakeError, match=r"does not have the run .*: give the --tracking\.uri that it was"):
+        jobs(JobsConfig(follow=searched.data.tags["job.name"], workspace=str(tmp_path), tracking=other))
 
 
 def test_a_search_begins_with_an_earlier_one(site: Site, searched: Run) -> None:

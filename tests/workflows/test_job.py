@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from stocktake.commands import parse
 from stocktake.config import JobConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.folder import FINISHED, KILLED, RunFolder
+from stocktake.tuning.space import Range, Space
 from stocktake.workflows.job import job, read_machines, unfinished_run
 from tiny_bins import PLAIN_BACKBONE, TINY_SIZE
 
@@ -59,6 +61,32 @@ def test_results_lie_where_sagemaker_collects_them(container: Callable[..., Path
     assert (base / "model" / "MLmodel").is_file()
     assert (base / "checkpoints" / "runs" / run.name / "run.json").is_file()
     assert not (base / "output" / "failure").exists()
+
+
+@pytest.mark.slow
+def test_a_trial_of_a_tuning_job_keeps_its_run_to_itself(
+    container: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    monkeypatch.setenv("TRAINING_JOB_NAME", "search-001-abc")
+    monkeypatch.setenv("STOCKTAKE_ROOT", "s3://some-bucket/bins")
+    chosen = {"classical.components": "7", "_tuning_objective_metric": "val/macro_f1"}
+    base = container(command="tune", stage="classical", **TINY, **chosen, **{"tracking.system_metrics": "false"})
+    (base / "input" / "data" / "files").mkdir()
+    space = Space((Range("classical.components", "classical.components", 5, 20, step=1),))
+    (base / "input" / "data" / "files" / "search-space.json").write_text(space.to_json())
+    job(JobConfig(base=str(base)))
+    (run,) = (base / "output" / "data" / "runs").iterdir()
+    folder = RunFolder.open(run)
+    assert (folder.state.status, folder.state.attach_run_id) == (FINISHED, None)
+    assert (folder.params["classical.components"], folder.params["root"]) == ("7", "s3://some-bucket/bins")
+    metrics = folder.final_metrics()
+    assert not [name for name in metrics if name.startswith("test/")], "no trial looks at test"
+    assert f"trial ended: val_macro_f1={metrics['val/macro_f1']:.6f}" in capfd.readouterr().out
+    again = parse("classical", ["--experiment", str(run / "artifacts" / "experiment.yaml")])
+    assert (again.classical.components, again.root, again.task) == (7, "s3://some-bucket/bins", "1-3")
+    assert (base / "checkpoints" / "search-001-abc" / "runs" / run.name).is_dir(), "trials share one place in S3"
+    assert (run / "artifacts" / "checkpoint").is_dir()
 
 
 @pytest.mark.slow

@@ -50,11 +50,14 @@ def remote_trial(config: RemoteTrialConfig) -> None:
 
 
 def as_given(config: StageConfig) -> StageConfig:
-    """The config with the paths of whoever has started the search, not those of the container."""
+    """The config as it means the same elsewhere: with the paths of whoever has started the search."""
     given: dict[str, Any] = {name: os.environ.get(variable) for name, variable in GIVEN.items()}
     # A value that is no path here, such as weights that the search has chosen by name, is nobody's file
     files = [name for name, value in given.items() if value and Path(str(getattr(config, name, ""))).is_absolute()]
-    return dataclasses.replace(config, **{name: given[name] for name in files})
+    own = {name: given[name] for name in files}
+    if isinstance(config, FinetuneConfig):  # the processes of this trial, not of whoever trains its settings again
+        own["training"] = dataclasses.replace(config.training, world_size=None)
+    return dataclasses.replace(config, **own)
 
 
 def _launch(config: RemoteTrialConfig) -> None:
