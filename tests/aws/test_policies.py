@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,14 @@ def called_actions(folder: Path) -> set[str]:
 
 
 def _actions(service: str, method: str) -> set[str]:
-    operations = get_session().get_service_model(service).operation_names
-    operation = next((one for one in operations if xform_name(one) == method), None)
-    action = ACTIONS.get(method, operation)
+    action = ACTIONS.get(method) or _operations(service).get(method)
     return {f"{service}:{action}"} if action else set()
+
+
+@cache
+def _operations(service: str) -> dict[str, str]:
+    """From boto3's names of methods to the operations."""
+    return {xform_name(name): name for name in get_session().get_service_model(service).operation_names}
 
 
 def granted(name: str) -> set[str]:
