@@ -17,7 +17,7 @@ from stocktake.errors import StocktakeError
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import predict
-from stocktake.serving.counter import Count, Counter
+from stocktake.serving.counter import ENGINES, Count, Counter
 from tiny_bins import draw_bin, tiny_model
 
 
@@ -114,6 +114,23 @@ def test_without_openvino_it_is_onnxruntime_and_without_either_it_is_told(export
     assert without().stdout == f"openvino {count.quantity}\n"
     assert without("openvino").stdout == f"onnxruntime {count.quantity}\n"
     assert r"pip install 'stocktake[serving]'" in without("openvino", "onnxruntime").stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_outlives_a_counter_that_another_thread_lets_go(exported: Path, engine: str) -> None:
+    """Seen as a crash at the next child's end: OpenVINO's plugin had taken the stack for signals with it."""
+    code = (
+        "import gc, pathlib, signal, subprocess, sys, threading\n"
+        "from stocktake.serving.counter import Counter\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: None)\n"
+        "counters = [Counter(pathlib.Path(sys.argv[1]), engine=sys.argv[2])]\n"
+        "thread = threading.Thread(target=lambda: (counters.clear(), gc.collect()))\n"
+        "thread.start(), thread.join()\n"
+        "subprocess.run([sys.executable, '-c', ''])\n"
+    )
+    command = [sys.executable, "-c", code, str(exported), engine]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_several_threads_get_their_own_answers(exported: Path) -> None:

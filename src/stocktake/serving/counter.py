@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,10 +150,20 @@ def exported_folder(folder: Path) -> Path:
     return inside if (inside / "counter.json").is_file() else folder
 
 
-def _openvino(graph: bytes, threads: int, precision: Precision) -> tuple[_Forward, int, str]:
+@cache
+def _openvino_core() -> Any:
+    """The process's one core, which is never dropped.
+
+    OpenVINO's CPU plugin gives the thread that loads it a stack for signals, and frees that stack when the plugin ends,
+    in whatever thread that is: the first one's next signal would then end the process.
+    """
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _openvino(graph: bytes, threads: int, precision: Precision) -> tuple[_Forward, int, str]:
+    core = _openvino_core()
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     if precision == "f32":
         settings["INFERENCE_PRECISION_HINT"] = "f32"
