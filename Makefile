@@ -30,7 +30,7 @@ demo: setup ## train the ladder of models on synthetic bins and show the leaderb
 	mlflow run . --env-manager=local
 
 test: setup system lint ## lint and run all tests
-	python -m pytest --numprocesses 2 --dist loadfile
+	python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 system: ## Chromium and Java, which two of the tests need, from Debian's packages where that is possible
 	@{ command -v chromium && command -v java; } >/dev/null \
