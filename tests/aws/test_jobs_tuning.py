@@ -158,6 +158,7 @@ def site(
     rehearsal: RehearsalProcess, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("tuning")
+    (folder / "workspace").mkdir()
     for path in [*tiny_root.glob("bin-images/*"), *tiny_root.glob("metadata/*")]:
         rehearsal.put(f"tiny-tuning/{path.relative_to(tiny_root)}", path.read_bytes())
     (folder / "mlflow.db").write_bytes(lay_out_store(tmp_path_factory).read_bytes())
@@ -179,7 +180,6 @@ def site(
 @pytest.fixture(scope="module")
 def searched(site: Site) -> Run:
     """A search that was submitted, left alone, and then followed while AWS throttles."""
-    site.folder.mkdir()
     run = site.submit(SPACE, site.settings(**{"async": True}), trials="3", seed="9")  # a bad choice, then good ones
     assert run.info.status == "RUNNING"
     assert site.children(run) == []
