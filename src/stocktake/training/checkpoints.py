@@ -99,7 +99,8 @@ class WithinEpoch(Callback):
         if (index + 1) % trainer.accumulate_grad_batches:
             return  # gradients are not in a checkpoint
         is_due = ranks.is_first() and 0 < self._seconds <= time.monotonic() - self._written
-        wishes = torch.tensor([self._is_told, is_due], dtype=torch.float32, device=module.device)
+        device = module.device if ranks.world().size > 1 else "cpu"  # alone, no step waits for the GPU
+        wishes = torch.tensor([self._is_told, is_due], dtype=torch.float32, device=device)
         is_told, is_due = (mean_over_ranks(wishes) > 0).tolist()
         if is_told or is_due:
             trainer.save_checkpoint(self._last)
