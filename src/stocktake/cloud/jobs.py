@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 from stocktake.cloud.connection import Aws, plainly_told
@@ -26,31 +26,35 @@ _QUIET_LOOKS = 2
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training job as it is at a moment."""
+class SageMakerJob:
+    """What a training job and a tuning job have in common, as they are at a moment."""
 
     description: Mapping[str, Any]
     """AWS's answer."""
+    KIND: ClassVar[str]
+    """Begins the names of the answer's fields."""
+    RUN_VARIABLE: ClassVar[str]
+    """Variable of its processes that holds MLflow's run."""
+
+    @property
+    def definition(self) -> Mapping[str, Any]:
+        """The part of the answer that says how it trains."""
+        return self.description
 
     @property
     def name(self) -> str:
         """Of the job."""
-        return str(self.description["TrainingJobName"])
+        return str(self.description[f"{self.KIND}Name"])
 
     @property
     def arn(self) -> str:
         """Of the job."""
-        return str(self.description["TrainingJobArn"])
+        return str(self.description[f"{self.KIND}Arn"])
 
     @property
     def status(self) -> str:
         """InProgress, Stopping, Completed, Failed or Stopped."""
-        return str(self.description["TrainingJobStatus"])
-
-    @property
-    def step(self) -> str:
-        """What it is doing: Starting, Downloading, Training, Uploading, Interrupted, MaxRuntimeExceeded, ..."""
-        return str(self.description.get("SecondaryStatus") or self.status)
+        return str(self.description[f"{self.KIND}Status"])
 
     @property
     def has_ended(self) -> bool:
@@ -65,32 +69,43 @@ class Job:
     @property
     def instance_type(self) -> str:
         """ml.m5.xlarge, ..."""
-        return str(self.description["ResourceConfig"].get("InstanceType", ""))
+        return str(self.definition["ResourceConfig"].get("InstanceType", ""))
 
     @property
     def instance_count(self) -> int:
-        """Machines."""
-        return int(self.description["ResourceConfig"].get("InstanceCount", 1))
+        """Machines of a training."""
+        return int(self.definition["ResourceConfig"].get("InstanceCount", 1))
 
     @property
     def is_spot(self) -> bool:
         """Whether on spare capacity."""
-        return bool(self.description.get("EnableManagedSpotTraining"))
+        return bool(self.definition.get("EnableManagedSpotTraining"))
 
     @property
     def environment(self) -> Mapping[str, str]:
         """Variables of its processes."""
-        return dict(self.description.get("Environment") or {})
+        return dict(self.definition.get("Environment") or {})
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's run, which it goes on in."""
-        return self.environment.get(RUN)
+        """MLflow's run of it."""
+        return self.environment.get(self.RUN_VARIABLE)
 
     @property
     def created(self) -> datetime.datetime:
         """When it was submitted."""
         return moment(self.description["CreationTime"])
+
+
+class Job(SageMakerJob):
+    """A training job. Its run is the one that it goes on in."""
+
+    KIND, RUN_VARIABLE = "TrainingJob", RUN
+
+    @property
+    def step(self) -> str:
+        """What it is doing: Starting, Downloading, Training, Uploading, Interrupted, MaxRuntimeExceeded, ..."""
+        return str(self.description.get("SecondaryStatus") or self.status)
 
     @property
     def billed_seconds(self) -> float | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stocktake.cloud.connection import Aws, plainly_told
-from stocktake.cloud.jobs import COMPLETED, ENDED, FAILED, log_link, moment, shortened
+from stocktake.cloud.jobs import COMPLETED, ENDED, FAILED, SageMakerJob, log_link, moment, shortened
 from stocktake.cloud.packing import split_uri
 from stocktake.cloud.parameters import SPACE
 from stocktake.cloud.request import FILES, PREFIX
@@ -20,27 +20,15 @@ from stocktake.tuning.space import Space
 _COUNTERS = ("Completed", "InProgress", "RetryableError", "NonRetryableError", "Stopped")
 
 
-@dataclass(frozen=True)
-class TuningJob:
-    """A tuning job as it is at a moment."""
+class TuningJob(SageMakerJob):
+    """A tuning job. Its run is the one that its trials' runs are below."""
 
-    description: Mapping[str, Any]
-    """AWS's answer."""
+    KIND, RUN_VARIABLE = "HyperParameterTuningJob", PARENT
 
     @property
-    def name(self) -> str:
-        """Of the job."""
-        return str(self.description["HyperParameterTuningJobName"])
-
-    @property
-    def arn(self) -> str:
-        """Of the job."""
-        return str(self.description["HyperParameterTuningJobArn"])
-
-    @property
-    def status(self) -> str:
-        """InProgress, Stopping, Completed, Failed or Stopped."""
-        return str(self.description["HyperParameterTuningJobStatus"])
+    def definition(self) -> Mapping[str, Any]:
+        """What each trial is."""
+        return dict(self.description["TrainingJobDefinition"])
 
     @property
     def step(self) -> str:
@@ -48,16 +36,6 @@ class TuningJob:
         counts = self.description["TrainingJobStatusCounters"]
         over = sum(int(counts.get(kind, 0)) for kind in _COUNTERS if kind != "InProgress")
         return f"{self.status}, {over} of {self.trials} trials"
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing more will happen."""
-        return self.status in ENDED
-
-    @property
-    def failure(self) -> str | None:
-        """Why it failed, in a line."""
-        return shortened(self.description.get("FailureReason"))
 
     @property
     def trials(self) -> int:
@@ -82,42 +60,12 @@ class TuningJob:
     @property
     def parameters(self) -> Mapping[str, str]:
         """What is the same for all trials."""
-        return dict(self._definition.get("StaticHyperParameters") or {})
+        return dict(self.definition.get("StaticHyperParameters") or {})
 
     @property
     def stage(self) -> str:
         """What is searched."""
         return self.parameters.get("stage", "finetune")
-
-    @property
-    def instance_type(self) -> str:
-        """ml.m5.xlarge, ..."""
-        return str(self._definition["ResourceConfig"].get("InstanceType", ""))
-
-    @property
-    def instance_count(self) -> int:
-        """Machines of a trial."""
-        return int(self._definition["ResourceConfig"].get("InstanceCount", 1))
-
-    @property
-    def is_spot(self) -> bool:
-        """Whether on spare capacity."""
-        return bool(self._definition.get("EnableManagedSpotTraining"))
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Variables of its trials' processes."""
-        return dict(self._definition.get("Environment") or {})
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's run of it."""
-        return self.environment.get(PARENT)
-
-    @property
-    def created(self) -> datetime.datetime:
-        """When it was submitted."""
-        return moment(self.description["CreationTime"])
 
     @property
     def ended(self) -> datetime.datetime | None:
@@ -135,9 +83,7 @@ class TuningJob:
         Raises:
             StocktakeError: it is no longer there.
         """
-        channels = {
-            one["ChannelName"]: one["DataSource"]["S3DataSource"] for one in self._definition["InputDataConfig"]
-        }
+        channels = {one["ChannelName"]: one["DataSource"]["S3DataSource"] for one in self.definition["InputDataConfig"]}
         bucket, prefix = split_uri(channels[FILES]["S3Uri"])
         with plainly_told(f"the search space of {self.name}"):
             content = aws.s3.get_object(Bucket=bucket, Key=prefix + SPACE)["Body"].read()
@@ -146,10 +92,6 @@ class TuningJob:
     @property
     def _config(self) -> Mapping[str, Any]:
         return dict(self.description["HyperParameterTuningJobConfig"])
-
-    @property
-    def _definition(self) -> Mapping[str, Any]:
-        return dict(self.description["TrainingJobDefinition"])
 
 
 @dataclass(frozen=True)
