@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -206,3 +207,13 @@ def test_threads_that_wait_do_not_spin_unless_told_to(monkeypatch: pytest.Monkey
     monkeypatch.delenv("OMP_WAIT_POLICY")
     stocktake("--version")
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_quietly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stocktake", "data", "--synthetic.count", "20", "--synthetic.size", "96"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 128 + signal.SIGPIPE)
+    process.stderr.close()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     share_the_machine()
     try:
         run(given)
+        sys.stdout.flush()
     except StocktakeError as error:
         if debug:
             raise
@@ -45,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
+    except BrokenPipeError:
+        if debug or not _has_lost_its_reader():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written at the exit
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
@@ -58,6 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print("stocktake: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads the output any more, as in `stocktake jobs --follow NAME | grep -m1 epoch=1`."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def run(arguments: Sequence[str]) -> object:

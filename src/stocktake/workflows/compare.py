@@ -31,7 +31,7 @@ _TITLES = {
     "run_id": "run id",
 }
 _NUMBERS = ("val/macro_f1", "val/accuracy", "test/macro_f1", "test/accuracy", "test/rmse", "n", "duration_s")
-_WIDTH = 100
+_WIDTH = 120
 _UNLIKE = "≠"  # on a run that was measured on other data
 
 
