@@ -103,6 +103,7 @@ class Connection(asyncio.Protocol):
         self.store = store
         self.headers: dict[str, str] = {}
         self.url = b""
+        self.method = ""
         self.answering: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -123,7 +124,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         parts = urlsplit(self.url.decode())
-        method = self.parser.get_method().decode()
+        self.method = self.parser.get_method().decode()
         store = self.store
         if parts.path == "/_seen":
             seen = {"requests": store.requests, "authorized": store.authorized, "authorization": store.authorization}
@@ -135,6 +136,9 @@ class Connection(asyncio.Protocol):
         if bucket != store.bucket:
             self.error(404, "NoSuchBucket")
             return
+        if not key and self.method == "HEAD":
+            self.answer(200, b"")
+            return
         if not key:
             store.requests["LIST"] += 1
             self.answer(200, store.listing(parse_qs(parts.query)))
@@ -143,15 +147,15 @@ class Connection(asyncio.Protocol):
         fault = store.fault(key)
         if store.delay or fault in ("slow", "hang"):
             wait = 3600 if fault == "hang" else _SLOW if fault == "slow" else store.delay
-            self.answering = asyncio.get_running_loop().create_task(self.later(wait, method, key, fault))
+            self.answering = asyncio.get_running_loop().create_task(self.later(wait, key, fault))
         else:
-            self.give(method, key, fault)
+            self.give(key, fault)
 
-    async def later(self, seconds: float, method: str, key: str, fault: str | None) -> None:
+    async def later(self, seconds: float, key: str, fault: str | None) -> None:
         await asyncio.sleep(seconds)
-        self.give(method, key, fault)
+        self.give(key, fault)
 
-    def give(self, method: str, key: str, fault: str | None) -> None:
+    def give(self, key: str, fault: str | None) -> None:
         if fault == "reset":
             self.transport.abort()
         elif fault in ("403", "503"):
@@ -176,14 +180,14 @@ class Connection(asyncio.Protocol):
                 self.transport.write(head + data[: len(data) // 2])
                 self.transport.close()
             else:
-                self.answer(200, data, headers, head=method == "HEAD")
+                self.answer(200, data, headers)
 
     def error(self, status: int, code: str) -> None:
         self.answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode())
 
-    def answer(self, status: int, body: bytes, headers: str = "", head: bool = False) -> None:
+    def answer(self, status: int, body: bytes, headers: str = "") -> None:
         start = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode()
-        self.transport.write(start if head else start + body)
+        self.transport.write(start if self.method == "HEAD" else start + body)
 
 
 @dataclass(frozen=True)

