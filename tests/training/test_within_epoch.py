@@ -232,6 +232,32 @@ def test_sigterm_waits_for_an_epochs_checkpoint(
     assert_same_end(resumed, (whole[0][epoch + 1 :], *whole[1:]))
 
 
+@pytest.mark.parametrize("settings", [{"epochs": 3}, BRANCHES["stopped early"][0]], ids=["to the end", "stopped early"])
+def test_killed_after_an_epochs_checkpoint_its_line_was_told_and_early_stopping_has_counted_it(
+    settings: dict[str, Any],
+    few_bins: Bench,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = config(**{"batch_size": 2, "checkpoint_minutes": 0, **settings})
+    whole = train(few_bins, given, tmp_path / "whole")
+    save = Renamed.save_checkpoint
+    capsys.readouterr()
+
+    def killed(files: Renamed, checkpoint: dict[str, Any], path: str, **settings: Any) -> None:
+        save(files, checkpoint, path, **settings)
+        if checkpoint["epoch"] == 1 and Path(path).name == LAST:
+            raise CutOffError
+
+    with monkeypatch.context() as patch, pytest.raises(CutOffError):
+        patch.setattr(Renamed, "save_checkpoint", killed)
+        train(few_bins, given, tmp_path / "cut")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["epoch=1", "epoch=2"]
+    resumed = train(few_bins, given, tmp_path / "cut")
+    assert_same_end(resumed, (whole[0][2:], *whole[1:]))
+
+
 def _train_alone(bench: Bench, given: FinetuneConfig, checkpoints: Path) -> None:
     torch.set_num_threads(1)
     train(bench, given, checkpoints)

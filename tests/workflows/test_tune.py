@@ -368,7 +368,10 @@ def test_a_killed_study_is_gone_on_with(make_config: MakeConfig, tmp_path: Path)
         client = mlflow.MlflowClient(config.tracking.uri, config.tracking.uri)
         run = runs[f"trial-{trial.number:03d}"]
         points = client.get_metric_history(run.info.run_id, "train/loss")
-        assert len({(point.step, point.value) for point in points}) == 6
+        # each epoch with one value, though one whose checkpoint was not written yet is trained twice
+        steps = sorted(step for step, _ in {(point.step, point.value) for point in points})
+        assert steps == [*range(1, len(again.intermediate_values) + 1)]
+        assert len(steps) >= 5, "a trial that was best after its first epoch ends early"
         assert len(points) <= 7  # only an epoch whose checkpoint was not written yet is trained twice
     assert sorted(runs) == ["trial-000", "trial-001", "trial-002", "trial-003", "tune"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
