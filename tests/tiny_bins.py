@@ -29,6 +29,17 @@ TINY_BACKBONE = "shufflenet_v2_x0_5"
 """Has batch normalisation, and its checkpoints have 1.5 MB."""
 PLAIN_BACKBONE = "squeezenet1_1"
 """Has none; it learns the tiny root in a few epochs and is exported in a second or two."""
+TINY_JOB = {
+    "task": "1-3",
+    "image_size": str(TINY_SIZE),
+    "split.fractions": "[0.6,0.2,0.2]",
+    "split.twin_distance": "0",
+    "backbone": PLAIN_BACKBONE,
+    "weights": "none",
+    "precision": "fp32",
+    "tracking.system_metrics": "false",
+}
+"""What `-P` gives for a training of seconds on tiny_root."""
 _COLOURS = {1: (200, 60, 50), 2: (60, 170, 60), 3: (60, 80, 200)}
 
 

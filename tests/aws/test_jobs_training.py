@@ -31,21 +31,14 @@ from stocktake.config import EvaluateConfig, JobsConfig, SplitConfig, TrackingCo
 from stocktake.tracking.folder import RunFolder
 from stocktake.workflows.evaluate import evaluate
 from stocktake.workflows.jobs import jobs
-from tiny_bins import PLAIN_BACKBONE, TINY_SIZE, tiny_root
+from tiny_bins import TINY_JOB, tiny_root
 from tracking_server import TrackingServer, lay_out_store
 
 __all__ = ["tiny_root"]
 pytestmark = [pytest.mark.aws, pytest.mark.slow, pytest.mark.timeout(600)]
 PROJECT = Path(__file__).parents[2]
 TINY = {
-    "task": "1-3",
-    "image_size": str(TINY_SIZE),
-    "split.fractions": "[0.6,0.2,0.2]",
-    "split.twin_distance": "0",
-    "backbone": PLAIN_BACKBONE,
-    "weights": "none",
-    "precision": "fp32",
-    "tracking.system_metrics": "false",
+    **TINY_JOB,
     "epochs": "3",
 }
 

@@ -27,7 +27,7 @@ from stocktake.commands import parse
 from stocktake.config import JobsConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.workflows.jobs import jobs
-from tiny_bins import PLAIN_BACKBONE, TINY_SIZE, tiny_root
+from tiny_bins import PLAIN_BACKBONE, TINY_JOB, tiny_root
 from tracking_server import lay_out_store
 
 __all__ = ["tiny_root"]
@@ -35,14 +35,7 @@ pytestmark = [pytest.mark.aws, pytest.mark.slow, pytest.mark.timeout(600)]
 PROJECT = Path(__file__).parents[2]
 PRICES = str(PROJECT / "deploy" / "prices.yaml")
 TINY = {
-    "task": "1-3",
-    "image_size": str(TINY_SIZE),
-    "split.fractions": "[0.6,0.2,0.2]",
-    "split.twin_distance": "0",
-    "backbone": PLAIN_BACKBONE,
-    "weights": "none",
-    "precision": "fp32",
-    "tracking.system_metrics": "false",
+    **TINY_JOB,
     "sampler": "random",
     "pruner": "none",
     "workers": "2",

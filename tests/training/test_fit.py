@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from stocktake.config import FinetuneConfig, TrainingConfig
+import tiny_training
+from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import confusion_matrix, scores
 from stocktake.models.inference import predict
@@ -55,16 +56,7 @@ def config(
     backbone: str = TINY_BACKBONE,
     **training: Any,
 ) -> FinetuneConfig:
-    return FinetuneConfig(
-        backbone=backbone,
-        weights="none",
-        image_size=TINY_SIZE,
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        seed=seed,
-        training=TrainingConfig(**{"patience": 100, "augment": "flip", **training}),
-    )
+    return replace(tiny_training.config(epochs, lr, batch_size, **training), seed=seed, backbone=backbone)
 
 
 def train(

@@ -26,20 +26,13 @@ _QUIET_LOOKS = 2
 
 
 @dataclass(frozen=True)
-class SageMakerJob:
-    """What a training job and a tuning job have in common, as they are at a moment."""
+class JobSummary:
+    """What AWS says of a job at a moment, in lists too."""
 
     description: Mapping[str, Any]
     """AWS's answer."""
-    KIND: ClassVar[str]
+    KIND: ClassVar[str] = "TrainingJob"
     """Begins the names of the answer's fields."""
-    RUN_VARIABLE: ClassVar[str]
-    """Variable of its processes that holds MLflow's run."""
-
-    @property
-    def definition(self) -> Mapping[str, Any]:
-        """The part of the answer that says how it trains."""
-        return self.description
 
     @property
     def name(self) -> str:
@@ -64,7 +57,25 @@ class SageMakerJob:
     @property
     def failure(self) -> str | None:
         """Why it failed, in a line."""
-        return shortened(self.description.get("FailureReason"))
+        reason = self.description.get("FailureReason")
+        return " ".join(str(reason).split())[:1000] if reason else None
+
+    @property
+    def created(self) -> datetime.datetime:
+        """When it was submitted."""
+        return moment(self.description["CreationTime"])
+
+
+class SageMakerJob(JobSummary):
+    """What a training job and a tuning job have in common, as they are described."""
+
+    RUN_VARIABLE: ClassVar[str] = RUN
+    """Variable of its processes that holds MLflow's run."""
+
+    @property
+    def definition(self) -> Mapping[str, Any]:
+        """The part of the answer that says how it trains."""
+        return self.description
 
     @property
     def instance_type(self) -> str:
@@ -91,16 +102,9 @@ class SageMakerJob:
         """MLflow's run of it."""
         return self.environment.get(self.RUN_VARIABLE)
 
-    @property
-    def created(self) -> datetime.datetime:
-        """When it was submitted."""
-        return moment(self.description["CreationTime"])
-
 
 class Job(SageMakerJob):
     """A training job. Its run is the one that it goes on in."""
-
-    KIND, RUN_VARIABLE = "TrainingJob", RUN
 
     @property
     def step(self) -> str:
@@ -229,11 +233,6 @@ def log_link(region: str, beginning: str) -> str:
         f"https://{region}.console.aws.amazon.com/cloudwatch/home?region={region}"
         f"#logsV2:log-groups/log-group/{quoted(LOG_GROUP)}{filtered}"
     )
-
-
-def shortened(reason: object) -> str | None:
-    """A reason in a line; None for none."""
-    return " ".join(str(reason).split())[:1000] if reason else None
 
 
 def moment(given: datetime.datetime) -> datetime.datetime:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stocktake.cloud.connection import Aws, plainly_told
-from stocktake.cloud.jobs import COMPLETED, ENDED, FAILED, SageMakerJob, log_link, moment, shortened
+from stocktake.cloud.jobs import COMPLETED, FAILED, JobSummary, SageMakerJob, log_link, moment
 from stocktake.cloud.packing import split_uri
 from stocktake.cloud.parameters import SPACE
 from stocktake.cloud.request import FILES, PREFIX
@@ -95,18 +95,11 @@ class TuningJob(SageMakerJob):
 
 
 @dataclass(frozen=True)
-class TrialJob:
-    """One trial of a tuning job at a moment."""
+class TrialJob(JobSummary):
+    """One trial of a tuning job at a moment, by its training job."""
 
     number: int
     """From 1, in the order in which they were begun."""
-    summary: Mapping[str, Any]
-    """AWS's answer."""
-
-    @property
-    def name(self) -> str:
-        """Of its training job."""
-        return str(self.summary["TrainingJobName"])
 
     @property
     def label(self) -> str:
@@ -114,39 +107,19 @@ class TrialJob:
         return f"trial-{self.number:03d}"
 
     @property
-    def status(self) -> str:
-        """InProgress, Stopping, Completed, Failed or Stopped."""
-        return str(self.summary["TrainingJobStatus"])
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing more will happen."""
-        return self.status in ENDED
-
-    @property
-    def failure(self) -> str | None:
-        """Why it failed, in a line."""
-        return shortened(self.summary.get("FailureReason"))
-
-    @property
     def chosen(self) -> Mapping[str, str]:
         """The hyperparameters that SageMaker has chosen."""
-        return dict(self.summary["TunedHyperParameters"])
-
-    @property
-    def created(self) -> datetime.datetime:
-        """When it was begun."""
-        return moment(self.summary["CreationTime"])
+        return dict(self.description["TunedHyperParameters"])
 
     @property
     def ended(self) -> datetime.datetime:
         """When it was over; when it was begun, before that."""
-        return moment(self.summary.get("TrainingEndTime") or self.summary["CreationTime"])
+        return moment(self.description.get("TrainingEndTime") or self.description["CreationTime"])
 
     @property
     def value(self) -> float | None:
         """The objective, where it has reported one."""
-        found = self.summary.get("FinalHyperParameterTuningJobObjectiveMetric")
+        found = self.description.get("FinalHyperParameterTuningJobObjectiveMetric")
         return float(found["Value"]) if found else None
 
     @property
@@ -171,7 +144,7 @@ def trials_of(aws: Aws, name: str) -> list[TrialJob]:
             PaginationConfig={"PageSize": 100},
         )
         found = [one for page in pages for one in page["TrainingJobSummaries"]]
-    return [TrialJob(number, summary) for number, summary in enumerate(found, 1)]
+    return [TrialJob(summary, number) for number, summary in enumerate(found, 1)]
 
 
 def best_of(trials: list[TrialJob]) -> TrialJob | None:
