@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stocktake.serving.counter import Count
+    from stocktake.serving.predictor import Prediction
 
 
 PATIENCE = 60.0
@@ -135,7 +135,7 @@ def ask(
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
-def same(told: dict[str, Any], count: Count) -> bool:
+def same(told: dict[str, Any], count: Prediction) -> bool:
     """Whether the answer is this photo's. No two of them agree in their probabilities."""
     shares = {str(quantity): share for quantity, share in count.probabilities.items()}
     return (
@@ -168,13 +168,13 @@ def eventually(condition: Callable[[], Any]) -> Any:
 
 def main() -> None:
     """The process."""
-    from stocktake.serving.counter import Counter
+    from stocktake.serving.predictor import Predictor
     from stocktake.serving.server import run_worker
     from stocktake.serving.settings import ServerSettings
 
     order = json.loads(sys.argv[1])
 
-    class GatedCounter(Counter):
+    class GatedCounter(Predictor):
         def probabilities(self, prepared: Any) -> Any:
             while Path(order["gate"]).exists():
                 time.sleep(0.005)

@@ -45,7 +45,7 @@ def refused(stocktake: Callable[..., Any]) -> Callable[..., str]:
     return run
 
 
-def set_aside(here: Path) -> dict[str, tuple[str, str]]:
+def rejected(here: Path) -> dict[str, tuple[str, str]]:
     """Of each id in set-aside.csv its file and reason."""
     (path,) = (here / "workspace" / "manifests").glob("*/set-aside.csv")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -141,7 +141,7 @@ def test_a_bad_record_is_set_aside_and_the_rest_is_used(
     assert (ended.code, ended.err) == (0, "")
     assert "1 bins set aside, listed in workspace/manifests/" in ended.out
     assert f"  metadata/90000.json: {reason}" in ended.out
-    file, told = set_aside(here)["90000"]
+    file, told = rejected(here)["90000"]
     assert (file, told[: len(reason)]) == ("metadata/90000.json", reason)
     assert len(bins(here)) == len(GOOD)
 
@@ -166,7 +166,7 @@ def test_bad_photos_are_set_aside_and_the_rest_is_used(
     (root / "bin-images" / "90000.jpg").unlink()
     ended = stocktake("data", "--root", "root")
     assert (ended.code, ended.err) == (0, "")
-    told = set_aside(here)
+    told = rejected(here)
     assert told.keys() == {"90000", *photos}
     assert told["90000"] == ("bin-images/90000.jpg", "file is missing")
     for bin_id, (_, reason) in photos.items():
@@ -188,7 +188,7 @@ def test_unusual_photos_are_used_and_flagged(
     write_bin(root, "90003", photo=bin_photo(3, mode="CMYK"))
     write_bin(root, "90004", photo=bin_photo(4, orientation=6))
     ended = stocktake("data", "--root", "root")
-    assert (ended.code, ended.err, set_aside(here)) == (0, "", {})
+    assert (ended.code, ended.err, rejected(here)) == (0, "", {})
     found = bins(here)
     flags = {bin_id: list(found.loc[bin_id, "flags"]) for bin_id in ("90001", "90002", "90003", "90004", "00001")}
     assert flags == {
@@ -230,7 +230,7 @@ def test_unknown_ids_of_a_list_are_set_aside_and_listed(here: Path, root: Path, 
     ended = stocktake("data", "--root", "root", "--list", "list.json")
     assert (ended.code, ended.err) == (0, "")
     assert "  77777: named by --list, but not in the root" in ended.out
-    assert set_aside(here) == {"77777": ("", "named by --list, but not in the root")}
+    assert rejected(here) == {"77777": ("", "named by --list, but not in the root")}
     assert len(bins(here)) == 20
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stocktake.commands import COMMANDS, parse
+from stocktake.command_line import COMMANDS, parse
 from stocktake.errors import StocktakeError
 
 REPOSITORY = Path(__file__).parents[1]

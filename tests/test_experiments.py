@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from stocktake.commands import ALIASES, COMMANDS, find_experiment, parse
+from stocktake.command_line import ALIASES, COMMANDS, find_experiment, parse
 from stocktake.errors import StocktakeError
-from stocktake.tuning.stages import find_space, stage_config
+from stocktake.tuning.search_defaults import find_space, stage_config
 
 REPOSITORY = Path(__file__).parents[1]
 SPACES = sorted((REPOSITORY / "experiments").glob("*.space.yaml"))

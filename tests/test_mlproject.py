@@ -16,8 +16,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image, ImageDraw
 
 from stocktake.config import TrackingConfig
+from stocktake.registry.models import fetch_model
 from stocktake.serving import endpoints
-from stocktake.tracking.registry import fetch_model
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = {"image_size": "32", "backbone": "mobilenet_v3_small", "weights": "none"}

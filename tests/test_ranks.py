@@ -17,7 +17,7 @@ import pytest
 from process_pair import ProcessGroup, free_port, pair
 from stocktake import ranks
 from stocktake.errors import StocktakeError
-from stocktake.ranks import World, joined, launched
+from stocktake.ranks import World, joined, world_from_env
 from stocktake.ranks.meeting import choose_interface
 
 __all__ = ["pair"]
@@ -56,10 +56,10 @@ def test_a_process_alone_is_first_and_needs_no_torch() -> None:
     code = """
 import sys
 from stocktake import ranks
-assert ranks.launched() == ranks.World() and ranks.is_first()
-with ranks.joined(timeout=1) as world, ranks.leaders_first(), ranks.explained():
+assert ranks.world_from_env() == ranks.World() and ranks.is_rank_zero()
+with ranks.joined(timeout=1) as world, ranks.local_rank_zero_first(), ranks.with_root_cause():
     assert world == ranks.world() == ranks.World()
-    assert ranks.from_first(lambda: 3) == ranks.broadcast(3) == 3
+    assert ranks.run_on_rank_zero(lambda: 3) == ranks.broadcast(3) == 3
     assert ranks.gather("a") == ["a"]
     assert not ranks.is_gone(0)
 assert ranks.job() is None
@@ -82,8 +82,8 @@ def test_one_process_of_torchrun_is_alone_too(environment: Any) -> None:
 def test_the_world_is_what_torchrun_says(environment: Any) -> None:
     environment(RANK=5, WORLD_SIZE=6, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, GROUP_RANK=2, GROUP_WORLD_SIZE=3)
     environment(TORCHELASTIC_RUN_ID="abc")
-    assert launched() == World(rank=5, size=6, local_rank=1, local_size=2, node=2, nodes=3)
-    assert ranks.is_first(), "nobody has joined"
+    assert world_from_env() == World(rank=5, size=6, local_rank=1, local_size=2, node=2, nodes=3)
+    assert ranks.is_rank_zero(), "nobody has joined"
     assert ranks.job() == ranks.job_of(os.getppid(), "abc") == f"abc@{socket.gethostname()}:{os.getppid()}"
 
 
@@ -114,13 +114,13 @@ def test_another_number_of_processes_than_wanted_is_told(size: int, said: str, e
 
 def test_torchrun_is_told_of_the_error(environment: Any, tmp_path: Path) -> None:
     environment(RANK=0, WORLD_SIZE=2, TORCHELASTIC_ERROR_FILE=tmp_path / "error.json")
-    assert not ranks.is_told()
+    assert not ranks.error_recorded()
     with pytest.raises(StocktakeError), joined(timeout=1, expected=3):
         pass
     assert "StocktakeError: --training.world_size 3" in (tmp_path / "error.json").read_text()
-    assert not ranks.is_told(), "no launcher reads it"
+    assert not ranks.error_recorded(), "no launcher reads it"
     environment(STOCKTAKE_LAUNCHER=1)
-    assert ranks.is_told()
+    assert ranks.error_recorded()
 
 
 # Meeting --------------------------------------------------------------------------------------------------------------
@@ -169,14 +169,14 @@ def _together() -> dict[str, Any]:
     with joined(timeout=1, expected=17) as inner:  # nothing new: a block within the block
         assert inner is world
     began = time.monotonic()
-    with ranks.leaders_first():
+    with ranks.local_rank_zero_first():
         if world.local_rank == 0:
             time.sleep(0.3)
         done = time.monotonic()
     return {
         "world": world,
-        "first": ranks.is_first(),
-        "from first": ranks.from_first(lambda: f"of {world.rank}"),
+        "first": ranks.is_rank_zero(),
+        "from first": ranks.run_on_rank_zero(lambda: f"of {world.rank}"),
         "broadcast": ranks.broadcast(world.rank),
         "gather": ranks.gather(world.rank * 10),
         "led": done - began > 0.25,
@@ -200,7 +200,7 @@ from stocktake import ranks
 try:
     with ranks.joined(timeout=2) as world:
         print("joined", flush=True)
-        with ranks.leaders_first():
+        with ranks.local_rank_zero_first():
             time.sleep(4 if world.rank == 0 else 0)
         print(ranks.gather(world.rank), flush=True)
         if world.rank == 0:
@@ -208,7 +208,7 @@ try:
             if sys.argv[-1] == "dies":
                 os._exit(7)
             raise ValueError("no bins")
-        ranks.from_first(lambda: None)
+        ranks.run_on_rank_zero(lambda: None)
 except BaseException as error:
     print(time.time(), type(error).__name__, error, flush=True)
 """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stocktake.commands import ALIASES, COMMANDS, parse
+from stocktake.command_line import ALIASES, COMMANDS, parse
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = yaml.safe_load((REPOSITORY / "MLproject").read_text())
@@ -156,15 +156,15 @@ def test_the_import_rule_is_kept(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "broken"),
     [
-        ("bins/task.py", "import stocktake.workflows.data", "stocktake.bins.task -> stocktake.workflows.data"),
+        ("data/task.py", "import stocktake.commands.data", "stocktake.data.task -> stocktake.commands.data"),
         (
             "evaluation/metrics.py",
             "from stocktake.tracking import runs",
             "stocktake.evaluation.metrics -> stocktake.tracking.runs",
         ),
         ("errors.py", "import stocktake.config", "stocktake.errors -> stocktake.config"),
-        ("workflows/majority.py", "import mlflow", "stocktake.workflows.majority -> mlflow"),
-        ("serving/counter.py", "import torch", "stocktake.serving.counter -> torch"),
+        ("commands/majority.py", "import mlflow", "stocktake.commands.majority -> mlflow"),
+        ("serving/counter.py", "import torch", "stocktake.serving.predictor -> torch"),
     ],
 )
 def test_an_import_up_the_floors_is_reported(file: str, line: str, broken: str, copy: Path) -> None:

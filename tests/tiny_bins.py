@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from stocktake.commands.stage_runs import PreparedData, prepare_data
 from stocktake.config import ImageConfig, PcaSvmConfig, SplitConfig, TrackingConfig
-from stocktake.models.classical import fit_pca_svm
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.majority import fit_majority
 from stocktake.models.network import create_network
+from stocktake.models.pca_svm import fit_pca_svm
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection
-from stocktake.workflows.rung import Bench, set_up
 
 TINY_BINS = 96
 TINY_SIZE = 32
@@ -56,14 +56,16 @@ def draw_bin(quantity: int, seed: int, size: int = 40) -> bytes:
     return data.getvalue()
 
 
-def tiny_model(kind: str, bench: Bench) -> CountingModel:
+def tiny_model(kind: str, prepared: PreparedData) -> CountingModel:
     """A fitted majority or pca_svm, or a network whose statistics are not fresh ones."""
-    train, labels = bench.manifest.split("train"), bench.manifest.labels
+    train, labels = prepared.manifest.split("train"), prepared.manifest.labels
     if kind == "majority":
         return fit_majority(labels, 32, train["quantity"].to_numpy())
     if kind == "pca_svm":
         config = PcaSvmConfig(pixels=8, components=10)
-        return fit_pca_svm(labels, bench.photos, train["hash"].tolist(), train["quantity"].to_numpy(), config, seed=0)
+        return fit_pca_svm(
+            labels, prepared.photos, train["hash"].tolist(), train["quantity"].to_numpy(), config, seed=0
+        )
     model = create_network(labels, 32, TINY_BACKBONE, "none", seed=4)
     model.train()(torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8))
     return model.lay_out(False).eval()
@@ -97,13 +99,13 @@ def tiny_settings(tiny_root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bench(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def tiny_bench(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """The manifest of the tiny root and its prepared photos: read only."""
-    return set_up(ImageConfig(**tiny_settings, workspace=str(tmp_path_factory.mktemp("tiny-bench"))))
+    return prepare_data(ImageConfig(**tiny_settings, workspace=str(tmp_path_factory.mktemp("tiny-prepared"))))
 
 
 @pytest.fixture(scope="session")
-def few_bins(tiny_bench: Bench) -> Bench:
+def few_bins(tiny_bench: PreparedData) -> PreparedData:
     """Four bins of a quantity and split, for what must be quick."""
     bins = tiny_bench.manifest.bins
     few = bins[bins.groupby(["split", "quantity"]).cumcount() < 4].reset_index(drop=True)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from stocktake import ranks
+from stocktake.commands.stage_runs import PreparedData
 from stocktake.config import FinetuneConfig, TrainingConfig
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import PLAIN, Precision
 from stocktake.training.batchnorm import SynchronisedBatchNorm
-from stocktake.training.fit import Fitted, fit
-from stocktake.workflows.rung import Bench
+from stocktake.training.fit import FitResult, fit
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
 
 
@@ -32,10 +32,10 @@ def config(epochs: int = 2, lr: float = 1e-2, batch_size: int = 8, **training: A
     )
 
 
-def tiny_network(bench: Bench, batchnorm: bool = True, dropout: float = 0.0) -> NetworkModel:
+def tiny_network(prepared: PreparedData, batchnorm: bool = True, dropout: float = 0.0) -> NetworkModel:
     """Two convolutions in the place of the backbone. In deep networks that have learnt nothing yet, normalising the
     few values of a tiny batch makes 1e-2 of a rounding error within five steps, in one process too."""
-    model = create_network(bench.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0)
+    model = create_network(prepared.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0)
     torch.manual_seed(0)
 
     def norm(channels: int) -> nn.Module:
@@ -46,21 +46,21 @@ def tiny_network(bench: Bench, batchnorm: bool = True, dropout: float = 0.0) -> 
         *(nn.Conv2d(8, 16, 3, 2, bias=not batchnorm), norm(16), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
-    model.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(16, len(bench.manifest.labels)))
+    model.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(16, len(prepared.manifest.labels)))
     return model
 
 
 def train(
-    bench: Bench,
+    prepared: PreparedData,
     given: FinetuneConfig,
     checkpoints: Path,
     stop_at: int | None = None,
     precision: Precision = PLAIN,
     batchnorm: bool = True,
     dropout: float = 0.0,
-) -> tuple[list[dict[str, float]], Fitted, dict[str, torch.Tensor]]:
+) -> tuple[list[dict[str, float]], FitResult, dict[str, torch.Tensor]]:
     """The figures of each epoch as this process was told them, what was found, and the weights at the end."""
-    if ranks.is_first():
+    if ranks.is_rank_zero():
         checkpoints.mkdir(parents=True, exist_ok=True)
     told: list[dict[str, float]] = []
 
@@ -68,8 +68,10 @@ def train(
         told.append({name: value for name, value in figures.items() if name != "epoch_seconds"} | {"epoch": epoch})
         return epoch == stop_at
 
-    model = tiny_network(bench, batchnorm, dropout)
-    fitted = fit(model, bench.manifest, bench.photos, given, precision, checkpoints=checkpoints, on_epoch=on_epoch)
+    model = tiny_network(prepared, batchnorm, dropout)
+    fitted = fit(
+        model, prepared.manifest, prepared.photos, given, precision, checkpoints=checkpoints, on_epoch=on_epoch
+    )
     assert not [layer for layer in model.modules() if isinstance(layer, SynchronisedBatchNorm)]
     return told, fitted, model.state_dict()
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from stocktake.config import TrackingConfig
-from stocktake.tracking.promotion import Event, challenge, crown, roll_back
-from stocktake.tracking.promotion_lock import promotion_lock
-from stocktake.tracking.registration import register_run
+from stocktake.registry.promotion import Event, challenge, roll_back, set_champion
+from stocktake.registry.promotion_lock import promotion_lock
+from stocktake.registry.registration import register_run
+from stocktake.registry.versions import ModelRegistry
 from stocktake.tracking.runs import TrackedRun, start_run
-from stocktake.tracking.versions import ModelRegistry
 
 RUNS = Path("workspace/runs")
 
@@ -54,7 +54,7 @@ def crowned(registry: ModelRegistry, number: int, **settings: Any) -> Event:
     with promotion_lock(registry.client, registry.name) as lock:
         challenge(registry, version)
         options = {"forced": False, "reason": None, "figures": {}, **settings}
-        return crown(registry, lock, version, registry.champion(), **options)
+        return set_champion(registry, lock, version, registry.champion(), **options)
 
 
 def rolled_back(registry: ModelRegistry, reason: str | None = None) -> int:

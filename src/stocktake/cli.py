@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from stocktake import __version__, ranks
-from stocktake.commands import ALIASES, COMMANDS, parse
+from stocktake.command_line import ALIASES, COMMANDS, parse
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except StocktakeError as error:
         if debug:
             raise
-        if not ranks.is_told():
+        if not ranks.error_recorded():
             print(f"stocktake: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, ranks.JobFailedError) else 2)
     except ModuleNotFoundError as error:
@@ -94,12 +94,12 @@ def run(arguments: Sequence[str]) -> object:
         close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], 1)
         hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise StocktakeError(f"{arguments[0]!r} is no command: {hint} (stocktake --help)")
-    processes = ranks.launched().size
+    processes = ranks.world_from_env().size
     if processes > 1 and not COMMANDS[name].is_distributed:
         raise StocktakeError(f"{name} runs in one process, not {processes}: torchrun is for stocktake train")
     settings = parse(name, arguments[1:])
     module, _, function = COMMANDS[name].function.partition(":")
-    return getattr(importlib.import_module(f"stocktake.workflows.{module}"), function)(settings)
+    return getattr(importlib.import_module(f"stocktake.commands.{module}"), function)(settings)
 
 
 def overview() -> str:

@@ -24,13 +24,13 @@ from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
 from rehearsal_process import RehearsalProcess, eventually
-from stocktake.cloud.connection import Aws
-from stocktake.cloud.homecoming import bring_home
-from stocktake.cloud.jobs import Job
+from stocktake.aws.connection import Aws
+from stocktake.aws.jobs import Job
+from stocktake.aws.results import collect_results
+from stocktake.commands.evaluate import evaluate
+from stocktake.commands.jobs import jobs
 from stocktake.config import EvaluateConfig, JobsConfig, SplitConfig, TrackingConfig
-from stocktake.tracking.folder import RunFolder
-from stocktake.workflows.evaluate import evaluate
-from stocktake.workflows.jobs import jobs
+from stocktake.tracking.local_store import LocalRun
 from tiny_bins import TINY_JOB, tiny_root
 from tracking_server import TrackingServer, lay_out_store
 
@@ -279,7 +279,7 @@ def test_a_failed_job_says_why(site: Site) -> None:
 
 def test_a_job_that_was_killed_outright_comes_home_from_its_checkpoints(site: Site, tmp_path: Path) -> None:
     run_id = site.client.create_run(site.experiment).info.run_id
-    folder = RunFolder.create(
+    folder = LocalRun.create(
         tmp_path / "there", name="lost", experiment="jobs", tracking_uri=None, registry_uri=None, attach_run_id=run_id
     )
     folder.append_metrics({"val/macro_f1": 0.25}, 1)
@@ -301,12 +301,12 @@ def test_a_job_that_was_killed_outright_comes_home_from_its_checkpoints(site: Si
         "OutputDataConfig": {"S3OutputPath": f"s3://{site.rehearsal.bucket}/nothing"},
         "CheckpointConfig": {"S3Uri": f"s3://{site.rehearsal.bucket}/checkpoints/lost"},
     }
-    arrival = bring_home(Aws(), Job(description), tmp_path / "here", TrackingConfig(uri=site.uri), None, print)
+    arrival = collect_results(Aws(), Job(description), tmp_path / "here", TrackingConfig(uri=site.uri), None, print)
     assert [path.name for path in arrival.folders] == [folder.path.name]
     assert not (arrival.folders[0] / "checkpoints").exists()
     run = site.client.get_run(run_id)
     assert (run.info.status, run.data.metrics["val/macro_f1"]) == ("FAILED", 0.25)
-    bring_home(Aws(), Job(description), tmp_path / "here", TrackingConfig(uri=site.uri), None, print)
+    collect_results(Aws(), Job(description), tmp_path / "here", TrackingConfig(uri=site.uri), None, print)
     assert [path.name for path in (tmp_path / "here" / "runs").glob("[!.]*")] == [folder.path.name]
     assert run.data.tags["failure"] == "InternalServerError: the machine is gone"
 

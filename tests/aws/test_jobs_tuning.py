@@ -20,13 +20,13 @@ from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
 from rehearsal_process import RehearsalProcess, eventually
-from stocktake.cloud.connection import Aws
-from stocktake.cloud.tuning_jobs import stop_search
-from stocktake.cloud.tuning_watch import follow_search
-from stocktake.commands import parse
+from stocktake.aws.connection import Aws
+from stocktake.aws.tuning_jobs import stop_search
+from stocktake.aws.tuning_watch import follow_search
+from stocktake.command_line import parse
+from stocktake.commands.jobs import jobs
 from stocktake.config import JobsConfig, TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.workflows.jobs import jobs
 from tiny_bins import PLAIN_BACKBONE, TINY_JOB, tiny_root
 from tracking_server import lay_out_store
 

@@ -17,11 +17,11 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from rehearsal_process import RehearsalProcess
+from stocktake.commands.majority import majority
 from stocktake.config import MajorityConfig, SplitConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection
-from stocktake.workflows.majority import majority
 from tiny_bins import tiny_root
 from tracking_server import TrackingServer, lay_out_store
 

@@ -18,8 +18,8 @@ from botocore.exceptions import ClientError
 from botocore.session import get_session
 
 from rehearsal_process import RehearsalProcess
-from stocktake.bins.s3_source import Bucket, RefusedError, S3Address
 from stocktake.config import S3Config
+from stocktake.data.s3_source import Bucket, RefusedError, S3Address
 
 pytestmark = pytest.mark.aws
 PROJECT = Path(__file__).parents[2]

@@ -44,7 +44,7 @@ def models(rehearsal: RehearsalProcess, tmp_path_factory: pytest.TempPathFactory
     return names
 
 
-def configure(rehearsal: RehearsalProcess, name: str, **weights: float) -> str:
+def create_config(rehearsal: RehearsalProcess, name: str, **weights: float) -> str:
     """An endpoint configuration: model to weight; variants bear the models' names."""
     variants = [
         {
@@ -82,7 +82,7 @@ def test_the_life_of_an_endpoint(
     sagemaker = rehearsal.client("sagemaker")
     photo = bin_photo(1)
     created = sagemaker.create_endpoint(
-        EndpointName="life", EndpointConfigName=configure(rehearsal, "life-1", answers_2=1)
+        EndpointName="life", EndpointConfigName=create_config(rehearsal, "life-1", answers_2=1)
     )
     said = settled(rehearsal, "life")
     assert said["EndpointStatus"] == "InService", (said, rehearsal.log("answers-2/", "/aws/sagemaker/Endpoints/life"))
@@ -103,7 +103,7 @@ def test_the_life_of_an_endpoint(
     assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 413
 
     # An update to what does not start keeps what is there, and says why.
-    sagemaker.update_endpoint(EndpointName="life", EndpointConfigName=configure(rehearsal, "life-broken", broken=1))
+    sagemaker.update_endpoint(EndpointName="life", EndpointConfigName=create_config(rehearsal, "life-broken", broken=1))
     said = settled(rehearsal, "life")
     assert (said["EndpointStatus"], said["EndpointConfigName"]) == ("InService", "life-1")
     assert "variant broken did not pass the ping health check" in said["FailureReason"]
@@ -111,7 +111,7 @@ def test_the_life_of_an_endpoint(
 
     # Two variants by weight, or by name.
     sagemaker.update_endpoint(
-        EndpointName="life", EndpointConfigName=configure(rehearsal, "life-2", answers_2=1, answers_3=0)
+        EndpointName="life", EndpointConfigName=create_config(rehearsal, "life-2", answers_2=1, answers_3=0)
     )
     said = settled(rehearsal, "life")
     assert said["EndpointConfigName"] == "life-2"
@@ -148,7 +148,7 @@ def test_an_endpoint_whose_container_does_not_start_fails(
     sagemaker = rehearsal.client("sagemaker")
     container = {"Image": "1.dkr.ecr/broken:1", "Environment": {"GATE": str(tmp_path / "gate")}}
     sagemaker.create_model(ModelName="failing", ExecutionRoleArn=rehearsal.role, PrimaryContainer=container)
-    sagemaker.create_endpoint(EndpointName="failing", EndpointConfigName=configure(rehearsal, "failing", failing=1))
+    sagemaker.create_endpoint(EndpointName="failing", EndpointConfigName=create_config(rehearsal, "failing", failing=1))
     assert sagemaker.describe_endpoint(EndpointName="failing")["EndpointStatus"] == "Creating"
     with pytest.raises(ClientError, match="already existing endpoint"):
         sagemaker.create_endpoint(EndpointName="failing", EndpointConfigName="failing")
@@ -174,11 +174,11 @@ def test_models_and_configurations_are_held_against_the_rules(
         sagemaker.create_model(ModelName="no-data", ExecutionRoleArn=rehearsal.role, PrimaryContainer=container)
     with pytest.raises(ClientError, match="already existing model"):
         sagemaker.create_model(ModelName="broken", ExecutionRoleArn=rehearsal.role, PrimaryContainer=container)
-    configure(rehearsal, "rules", answers_2=1)
+    create_config(rehearsal, "rules", answers_2=1)
     with pytest.raises(ClientError, match="already existing endpoint configuration"):
-        configure(rehearsal, "rules", answers_2=1)
+        create_config(rehearsal, "rules", answers_2=1)
     with pytest.raises(ClientError, match="Could not find model"):
-        configure(rehearsal, "rules-2", no_model=1)
+        create_config(rehearsal, "rules-2", no_model=1)
     variant = {"VariantName": "one", "ModelName": "answers-2", "InstanceType": "ml.m5.tiny", "InitialInstanceCount": 1}
     with pytest.raises(ClientError, match="enum value set"):
         sagemaker.create_endpoint_config(EndpointConfigName="rules-3", ProductionVariants=[variant])

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from rehearsal_process import PATIENCE, RehearsalProcess, eventually, start_rehearsal
-from stocktake.rehearsal import container_init
-from stocktake.rehearsal.containers import Container, Machine
+from sagemaker_local import container_init
+from sagemaker_local.containers import Container, Machine
 
 pytestmark = pytest.mark.aws
 

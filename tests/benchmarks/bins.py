@@ -15,11 +15,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from stocktake.bins.manifest import build_manifest
-from stocktake.bins.photos import prepare_photos
-from stocktake.bins.source import FolderSource
-from stocktake.bins.synthetic import make_synthetic_root
 from stocktake.config import BinsConfig, SyntheticConfig
+from stocktake.data.manifest import build_manifest
+from stocktake.data.photos import prepare_photos
+from stocktake.data.source import FolderSource
+from stocktake.data.synthetic import make_synthetic_root
 
 COUNT = 600
 

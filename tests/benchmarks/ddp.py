@@ -31,12 +31,12 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
     share_the_machine()  # as the command line does, before the libraries are loaded
     import psutil
 
+    from stocktake.commands.stage_runs import prepare_data
     from stocktake.config import FinetuneConfig, SplitConfig, SyntheticConfig, TrainingConfig
     from stocktake.models.network import create_network
     from stocktake.models.precision import Precision
     from stocktake.training.fit import fit
     from stocktake.training.module import NetworkModule
-    from stocktake.workflows.rung import set_up
 
     config = FinetuneConfig(
         workspace=str(workspace),
@@ -58,11 +58,11 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
 
     NetworkModule.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
     with ranks.joined(timeout=300) as world:
-        bench = set_up(config)
-        model = create_network(bench.manifest.labels, SIZE, backbone, "none")
+        prepared = prepare_data(config)
+        model = create_network(prepared.manifest.labels, SIZE, backbone, "none")
         form = Precision("bf16" if precision == "bf16" else "fp32", channels_last=True)
-        checkpoints = ranks.from_first(lambda: Path(tempfile.mkdtemp(dir=workspace)))
-        fit(model, bench.manifest, bench.photos, config, form, checkpoints=checkpoints, on_epoch=lambda *_: False)
+        checkpoints = ranks.run_on_rank_zero(lambda: Path(tempfile.mkdtemp(dir=workspace)))
+        fit(model, prepared.manifest, prepared.photos, config, form, checkpoints=checkpoints, on_epoch=lambda *_: False)
         ranks.gather(None)  # all are still there when each looks at its share
         mapped = re.findall(
             r"photos-\d+px/data\.mdb\nSize:.*?\nRss: +(\d+) kB\nPss: +(\d+) kB",
@@ -79,7 +79,7 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
 
 def run(workspace: Path, processes: int, backbone: str, precision: str) -> list[dict[str, Any]]:
     """What each process of a job said."""
-    from stocktake.workflows.ddp import launch
+    from stocktake.commands.ddp import launch
 
     program = (sys.executable, __file__)
     launch([str(workspace), backbone, precision], nproc=processes, program=program)

@@ -29,13 +29,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from s3_server import serve
-from stocktake.bins import manifest as manifest_room
-from stocktake.bins.ingest import Mirror
-from stocktake.bins.listing import Listing, numbers
-from stocktake.bins.manifest import build_manifest
-from stocktake.bins.s3_source import Bucket, Listed, S3Address
-from stocktake.bins.source import PHOTOS
 from stocktake.config import BinsConfig, S3Config
+from stocktake.data import manifest as manifest_room
+from stocktake.data.ingest import Mirror
+from stocktake.data.listing import Listing, numbers
+from stocktake.data.manifest import build_manifest
+from stocktake.data.s3_source import Bucket, Listed, S3Address
+from stocktake.data.source import PHOTOS
 
 
 def write_objects(folder: Path, count: int) -> list[str]:

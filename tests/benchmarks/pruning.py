@@ -18,9 +18,9 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
+from stocktake.commands.trial import StudyFolder
+from stocktake.commands.tune import tune
 from stocktake.config import SyntheticConfig, TrackingConfig, TuneConfig
-from stocktake.workflows.trial import StudyFolder
-from stocktake.workflows.tune import tune
 
 SPACE = """\
 lr: {log_uniform: [1.0e-5, 1.0e-1]}

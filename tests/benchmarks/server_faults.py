@@ -23,7 +23,7 @@ from hostile_requests import SETTINGS, attack
 from serving_process import serving
 from stocktake.models.export import export_model
 from stocktake.models.network import create_network
-from stocktake.serving.counter import Counter
+from stocktake.serving.predictor import Predictor
 from tiny_bins import PLAIN_BACKBONE, draw_bin
 
 MOST_GROWTH = 5.0
@@ -41,7 +41,7 @@ def main() -> None:
         if options.model is None:
             export_model(create_network((1, 2, 3), 64, PLAIN_BACKBONE, "none", seed=1).eval(), folder)
         photos = [draw_bin(1 + number % 3, number, size=160) for number in range(30)]
-        expected = [count.probabilities for count in Counter(folder).count(photos)]
+        expected = [count.probabilities for count in Predictor(folder).count(photos)]
 
         def right(told: dict[str, Any], number: int) -> bool:
             shares = expected[number]

@@ -143,7 +143,7 @@ def models(folder: Path, backbone: str, size: int, data: bytes) -> tuple[Path, P
     import mlflow.pytorch
     import torch
 
-    from stocktake.bins.images import decode, prepare
+    from stocktake.data.images import decode, prepare
     from stocktake.models.export import export_model
     from stocktake.models.network import create_network
     from stocktake.serving.export_check import check_export
@@ -176,7 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         counter, peer = models(folder, given.backbone, given.size, data)
-        description = json.loads((counter / "counter.json").read_text())
+        description = json.loads((counter / "model.json").read_text())
         print(
             f"{given.backbone} at {given.size} px, photo of {len(data):,} bytes, {THREADS} threads; ours in "
             f"{description['precision']}, load {os.getloadavg()[0]:.1f}",

@@ -15,7 +15,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
-from stocktake.bins.images import decode, prepare
+from stocktake.data.images import decode, prepare
 
 
 class TorchPeer(PythonModel):

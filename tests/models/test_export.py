@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from stocktake.config import PcaSvmConfig
-from stocktake.models.classical import fit_pca_svm
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.network import create_network
+from stocktake.models.pca_svm import fit_pca_svm
 from tiny_bins import tiny_model
 
 
 def exported(model: CountingModel, folder: Path) -> onnxruntime.InferenceSession:
     export_model(model, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["counter.json", "counter.onnx"], "no weights beside it"
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "counter.onnx"], "no weights beside it"
     onnx.checker.check_model(onnx.load(folder / "counter.onnx"))
     return onnxruntime.InferenceSession(folder / "counter.onnx", providers=["CPUExecutionProvider"])
 
@@ -43,7 +43,7 @@ def assert_same_logits(model: CountingModel, session: onnxruntime.InferenceSessi
 def test_models_that_are_no_networks(kind: str, few_bins, tmp_path: Path) -> None:
     model = tiny_model(kind, few_bins)
     assert_same_logits(model, exported(model, tmp_path / "e"))
-    description = json.loads((tmp_path / "e" / "counter.json").read_text())
+    description = json.loads((tmp_path / "e" / "model.json").read_text())
     assert description["format"] == 2
     assert description["labels"] == [1, 2, 3]
     assert description["preprocessing"]["size"] == 32

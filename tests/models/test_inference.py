@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from process_pair import ProcessGroup
-from stocktake.bins.array_cache import ArrayCache
+from stocktake.commands.stage_runs import PreparedData
+from stocktake.data.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.inference import predict
 from stocktake.models.network import create_network
-from stocktake.workflows.rung import Bench
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
 
 
-def _predict(bench: Bench, photos: int, batch_size: int) -> tuple[npt.NDArray[np.float64], int]:
+def _predict(prepared: PreparedData, photos: int, batch_size: int) -> tuple[npt.NDArray[np.float64], int]:
     """The probabilities, and how many photos this process computed."""
-    model = create_network(bench.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0)
+    model = create_network(prepared.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0)
     seen = 0
 
     def count(_model: Any, given: tuple[torch.Tensor]) -> None:
@@ -29,14 +29,14 @@ def _predict(bench: Bench, photos: int, batch_size: int) -> tuple[npt.NDArray[np
         seen += len(given[0])
 
     model.register_forward_pre_hook(count)
-    hashes = bench.manifest.bins["hash"].tolist()[:photos]
-    return predict(model, bench.photos, hashes, batch_size, torch.device("cpu")), seen
+    hashes = prepared.manifest.bins["hash"].tolist()[:photos]
+    return predict(model, prepared.photos, hashes, batch_size, torch.device("cpu")), seen
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("photos", "batch_size"), [(0, 4), (1, 4), (4, 4), (5, 4), (13, 3), (40, 16)])
 def test_two_processes_predict_what_one_does(
-    photos: int, batch_size: int, pair: ProcessGroup, tiny_bench: Bench
+    photos: int, batch_size: int, pair: ProcessGroup, tiny_bench: PreparedData
 ) -> None:
     alone, seen = _predict(tiny_bench, photos, batch_size)
     assert alone.shape == (photos, 3)
@@ -52,7 +52,7 @@ def test_two_processes_predict_what_one_does(
         assert abs(first[1] - second[1]) <= batch_size
 
 
-def test_each_photo_has_its_own_row(tiny_bench: Bench, tmp_path: Path) -> None:
+def test_each_photo_has_its_own_row(tiny_bench: PreparedData, tmp_path: Path) -> None:
     """Whatever the batch."""
 
     class Brightness(CountingModel):

@@ -13,17 +13,17 @@ from PIL import Image
 
 from hostile_requests import png_header
 from serving_process import PATIENCE
-from stocktake.bins.images import PhotoError
+from stocktake.data.images import PhotoError
 from stocktake.serving import batching
 from stocktake.serving.batching import Batcher, QueueFullError
-from stocktake.serving.counter import Count, Counter
+from stocktake.serving.predictor import Prediction, Predictor
 from stocktake.serving.settings import ServerSettings
 from tiny_bins import draw_bin
 
 PHOTOS = [draw_bin(1 + number % 3, 500 + number) for number in range(12)]
 
 
-class HeldCounter(Counter):
+class HeldCounter(Predictor):
     """Each pass waits until it may go on, and can be made to fail."""
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ def counter(counter_folder: Path) -> HeldCounter:
 
 
 def batched(
-    counter: Counter, use: Callable[[Batcher], Awaitable[None]], sizes: list[int] | None = None, **settings: Any
+    counter: Predictor, use: Callable[[Batcher], Awaitable[None]], sizes: list[int] | None = None, **settings: Any
 ) -> None:
     """Run `use` with a batcher, and see that it forgets nothing."""
 
@@ -63,8 +63,8 @@ def batched(
     asyncio.run(run())
 
 
-def check(outcome: Any, expected: Count) -> None:
-    assert isinstance(outcome, Count)
+def check(outcome: Any, expected: Prediction) -> None:
+    assert isinstance(outcome, Prediction)
     assert outcome.quantity == expected.quantity
     assert outcome.confidence == pytest.approx(expected.confidence, abs=1e-5)
 
@@ -107,7 +107,7 @@ def test_photos_of_one_request_stay_in_order_beside_bad_ones(counter: HeldCounte
         outcomes = await batcher.submit([PHOTOS[0], b"no photo", *PHOTOS[1:], PHOTOS[0][:400], b""])
         bad = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, PhotoError)]
         assert bad == [1, 13, 14]
-        for outcome, count in zip([one for one in outcomes if isinstance(one, Count)], expected, strict=True):
+        for outcome, count in zip([one for one in outcomes if isinstance(one, Prediction)], expected, strict=True):
             check(outcome, count)
         assert await batcher.submit([]) == []
 

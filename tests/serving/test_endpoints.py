@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from stocktake.bins.images import PhotoError
+from stocktake.data.images import PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.serving import deployment, endpoints
 from stocktake.serving.client import Client
-from stocktake.serving.counter import Count, Counter
 from stocktake.serving.endpoints import Endpoint
+from stocktake.serving.predictor import Prediction, Predictor
 from tiny_bins import draw_bin
 
 PHOTO = draw_bin(2, 700)
@@ -44,8 +44,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def other_folder(counter_folder: Path, tmp_path: Path) -> Path:
     """Another model: the same one, less sure of itself."""
     folder = Path(shutil.copytree(counter_folder, tmp_path / "other"))
-    description = json.loads((folder / "counter.json").read_text())
-    (folder / "counter.json").write_text(json.dumps(description | {"calibration": {"temperature": 3.0}}))
+    description = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(description | {"calibration": {"temperature": 3.0}}))
     return folder
 
 
@@ -75,7 +75,7 @@ def ended(pids: tuple[int, ...]) -> bool:
 def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, counter_folder: Path) -> None:
     created = create(counter_folder, workers=2)
     assert (created.status, created.generation, created.error) == ("serving", 1, None)
-    assert created.version == Counter(counter_folder).version
+    assert created.version == Predictor(counter_folder).version
     assert len(created.workers) == 2
     assert state.stat().st_mode & 0o777 == 0o700
     assert (state / "bins").stat().st_mode & 0o777 == 0o700
@@ -86,7 +86,7 @@ def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, count
     assert endpoints.list_endpoints() == [created]
 
     answer = Client(created.address).count(PHOTO)
-    (own,) = Counter(counter_folder).count([PHOTO])
+    (own,) = Predictor(counter_folder).count([PHOTO])
     assert (answer.quantity, answer.model_version) == (own.quantity, own.model_version)
     assert answer.probabilities == pytest.approx(own.probabilities, abs=1e-4)
     several = list(Client(created.address).count_all([PHOTO, b"no photo", PHOTO]))
@@ -110,7 +110,7 @@ def test_a_full_server_is_asked_again(state: Path, counter_folder: Path) -> None
 
     def was_full() -> bool:
         answers = list(client.count_all([PHOTO] * 8, at_once=8))
-        assert [type(answer) for answer in answers] == [Count] * 8
+        assert [type(answer) for answer in answers] == [Prediction] * 8
         return '"status": 503' in created.log.read_text()
 
     wait_for(was_full, "a request that it had no room for")
@@ -168,7 +168,7 @@ class Load:
 def test_an_update_drops_no_request_and_a_failing_one_changes_nothing(
     state: Path, counter_folder: Path, other_folder: Path, broken_folder: Path
 ) -> None:
-    first, second = Counter(counter_folder).version, Counter(other_folder).version
+    first, second = Predictor(counter_folder).version, Predictor(other_folder).version
     created = create(counter_folder, workers=2)
     load = Load(created.address)
     try:

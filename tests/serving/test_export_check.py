@@ -13,8 +13,8 @@ from stocktake.models.export import export_model
 from stocktake.models.inference import predict
 from stocktake.models.majority import fit_majority
 from stocktake.models.network import create_network
-from stocktake.serving.counter import Counter
 from stocktake.serving.export_check import check_export
+from stocktake.serving.predictor import Predictor
 from stocktake.serving.pyfunc import save_pyfunc
 from tiny_bins import PLAIN_BACKBONE, draw_bin, tiny_model
 
@@ -35,7 +35,7 @@ class Exported:
         return check_export(self.folder, self.ids, self.prepared, self.expected if expected is None else expected)
 
     def described(self) -> dict:
-        return json.loads((self.folder / "counter.json").read_text())
+        return json.loads((self.folder / "model.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["majority", "pca_svm", "network"])
@@ -50,7 +50,7 @@ def test_an_export_of_every_kind_passes_with_every_engine(kind: str, few_bins, t
     assert set(described["check"]["engines"]) == {check.engine for check in checks}
     fast = [check for check in checks if check.engine.endswith("bf16")]
     assert described["precision"] == ("bf16" if fast and fast[0].passed else "f32")
-    assert Counter(tmp_path, engine="openvino").engine.endswith(described["precision"] if fast else "f32")
+    assert Predictor(tmp_path, engine="openvino").engine.endswith(described["precision"] if fast else "f32")
 
 
 def test_an_export_that_answers_otherwise_is_refused(few_bins, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_graph_that_one_engine_cannot_load_is_served_by_the_other(few_bins, tm
     described = exported.described()
     assert (described["engine"], described["check"]["passed"]) == ("onnxruntime", True)
     assert "openvino can load" in described["check"]["unusable"]["openvino"]
-    assert Counter(exported.folder).engine.startswith("onnxruntime")
+    assert Predictor(exported.folder).engine.startswith("onnxruntime")
     saved = save_pyfunc(exported.folder, tmp_path / "model", draw_bin(1, 0))
     required = (saved / "requirements.txt").read_text()
     assert "onnxruntime==" in required
@@ -95,7 +95,7 @@ def test_a_tie_is_named_and_is_no_refusal(few_bins, tmp_path: Path) -> None:
     exported = Exported("pca_svm", few_bins, tmp_path)
     seen_alike = np.array([1] * 5001 + [2] * 5000 + [3] * 10)  # one bin apart: the two likeliest nearly tie
     export_model(fit_majority(few_bins.manifest.labels, 32, seen_alike), tmp_path)
-    swapped = Counter(tmp_path).probabilities(exported.prepared)[:, [1, 0, 2]]
+    swapped = Predictor(tmp_path).probabilities(exported.prepared)[:, [1, 0, 2]]
     checks = exported.check(swapped)
     assert all(check.passed for check in checks)
     assert checks[0].ties == tuple(exported.ids)

@@ -21,12 +21,12 @@ from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
 from stocktake.config import TrackingConfig
+from stocktake.registry.models import register_candidate
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client
-from stocktake.serving.counter import FOLDER, Counter
 from stocktake.serving.local_target import target_help
+from stocktake.serving.predictor import FOLDER, Predictor
 from stocktake.serving.pyfunc import save_pyfunc
-from stocktake.tracking.registry import register_candidate
 from stocktake.tracking.runs import start_run
 from tiny_bins import draw_bin
 
@@ -139,7 +139,7 @@ def test_the_client_describes_updates_and_deletes(client: Any, saved: Path, regi
     updated = client.update_deployment("bins", config={"workers": "2"})
     assert updated["model_version"] == "stocktake/2"
     assert len(updated["workers"]) == 2
-    assert client.update_deployment("bins", str(saved))["model_version"] == Counter(saved).version
+    assert client.update_deployment("bins", str(saved))["model_version"] == Predictor(saved).version
     with pytest.raises(MlflowException, match="host and port cannot change"):
         client.update_deployment("bins", config={"port": "1024"})
 
@@ -154,7 +154,7 @@ def test_the_client_describes_updates_and_deletes(client: Any, saved: Path, regi
 
 def test_photos_come_in_every_form(client: Any, saved: Path, tmp_path: Path) -> None:
     client.create_deployment("bins", str(saved), config={"port": 0})
-    expected = [count.quantity for count in Counter(saved).count(PHOTOS)]
+    expected = [count.quantity for count in Predictor(saved).count(PHOTOS)]
     paths = [tmp_path / f"{number}.jpg" for number in range(3)]
     for path, photo in zip(paths, PHOTOS, strict=True):
         path.write_bytes(photo)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from serving_process import PATIENCE, ServerProcess, serving
-from stocktake.serving.counter import Counter
 from stocktake.serving.explanation import GRID, occlusion, page
+from stocktake.serving.predictor import Predictor
 from tiny_bins import draw_bin
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -79,7 +79,7 @@ def choose(opened: Any, name: str, mime: str, content: bytes) -> None:
 
 @pytest.mark.browser
 def test_a_photo_is_counted_and_explained(shown: Any, counter_folder: Path, tmp_path: Path) -> None:
-    (count,) = Counter(counter_folder).count([PHOTO])
+    (count,) = Predictor(counter_folder).count([PHOTO])
     choose(shown, "bin.jpg", "image/jpeg", PHOTO)
     shown.locator("#answer").wait_for()
     assert shown.locator("#quantity").inner_text() == str(count.quantity)
@@ -173,7 +173,7 @@ def test_there_is_no_page_unless_asked_for(counter_folder: Path) -> None:
 
 def test_a_photo_is_explained_over_http(server: ServerProcess, counter_folder: Path) -> None:
     answer = server.ask("/explain", PHOTO, {"content-type": "image/jpeg"})
-    counter = Counter(counter_folder)
+    counter = Predictor(counter_folder)
     quantity, drops = occlusion(counter, counter.prepare(PHOTO), 8)
     assert answer.status == 200
     assert answer.json()["quantity"] == quantity

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stocktake.serving.counter import Count
 from stocktake.serving.payloads import JSON, LINES, SUPPORTED, RequestError, accepted, media_type, read, write
+from stocktake.serving.predictor import Prediction
 
 ONE, TWO = b"first photo", b"\x00second"
 A, B = base64.b64encode(ONE).decode(), base64.b64encode(TWO).decode()
-COUNT = Count(2, 0.75, {1: 0.25, 2: 0.75}, (2,), "v7")
+COUNT = Prediction(2, 0.75, {1: 0.25, 2: 0.75}, (2,), "v7")
 
 
 def refusal(media: str, body: bytes, most: int = 8) -> RequestError:

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from stocktake.models.export import export_model
-from stocktake.serving.counter import Counter
+from stocktake.serving.predictor import Predictor
 from stocktake.serving.pyfunc import save_pyfunc
 from tiny_bins import draw_bin, tiny_model
 
@@ -45,7 +45,7 @@ PHOTOS = [draw_bin(quantity, 800 + quantity) for quantity in (1, 2, 3)]
 def test_the_loaded_model_answers_as_the_counter_does(saved: Path, exported: Path) -> None:
     answers = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"photo": PHOTOS}))
     assert list(answers.columns) == ["quantity", "confidence", "probabilities", "quantities", "model_version"]
-    for row, count in zip(answers.itertuples(), Counter(exported).count(PHOTOS), strict=True):
+    for row, count in zip(answers.itertuples(), Predictor(exported).count(PHOTOS), strict=True):
         assert row.quantity == count.quantity
         assert row.confidence == pytest.approx(count.confidence)
         np.testing.assert_allclose(row.probabilities, list(count.probabilities.values()))
@@ -123,7 +123,7 @@ def test_it_answers_where_neither_the_package_nor_torch_is_installed(
     finally:
         moved.rename(saved)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-2:] == ["quantity", str(Counter(exported).count([PHOTOS[1]])[0].quantity)]
+    assert done.stdout.split()[-2:] == ["quantity", str(Predictor(exported).count([PHOTOS[1]])[0].quantity)]
 
 
 def test_its_requirements_are_those_of_the_serving_extra(saved: Path) -> None:
@@ -175,4 +175,4 @@ def test_mlflows_own_server_takes_it(saved: Path, exported: Path, tmp_path: Path
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
-    assert [row["quantity"] for row in found] == [count.quantity for count in Counter(exported).count(PHOTOS)]
+    assert [row["quantity"] for row in found] == [count.quantity for count in Predictor(exported).count(PHOTOS)]

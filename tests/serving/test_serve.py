@@ -20,8 +20,8 @@ import pytest
 
 from stocktake.errors import StocktakeError
 from stocktake.serving.client import Client
-from stocktake.serving.counter import Counter
 from stocktake.serving.deployment import process_start
+from stocktake.serving.predictor import Predictor
 from stocktake.serving.serve import deployment_of
 from tiny_bins import draw_bin
 
@@ -95,7 +95,10 @@ def test_as_sagemaker_starts_it(serve: Callable[..., Served], counter_folder: Pa
     with urllib.request.urlopen(f"{served.address}/ping", timeout=30) as answer:
         assert answer.status == 200
     count = Client(served.address).count(PHOTO)
-    assert (count.quantity, count.model_version) == (Counter(counter_folder).count([PHOTO])[0].quantity, "stocktake/7")
+    assert (count.quantity, count.model_version) == (
+        Predictor(counter_folder).count([PHOTO])[0].quantity,
+        "stocktake/7",
+    )
     with urllib.request.urlopen(f"{served.address}/metrics", timeout=30) as answer:
         assert 'stocktake_counted_total{quantity="' in answer.read().decode()
     workers = served.workers
@@ -140,15 +143,15 @@ def test_a_reload_serves_what_the_folder_holds_now(
     served = serve("model", "--port", "0")
     client = Client(served.address)
     before = client.count(PHOTO).model_version
-    text = (folder / "counter.json").read_text()
-    (folder / "counter.json").write_text("{")
+    text = (folder / "model.json").read_text()
+    (folder / "model.json").write_text("{")
     served.process.send_signal(signal.SIGHUP)
     served.wait_for(lambda: "is served as before" in served.log.read_text(), "the refusal")
     assert client.count(PHOTO).model_version == before
-    (folder / "counter.json").write_text(text + "\n")
+    (folder / "model.json").write_text(text + "\n")
     served.process.send_signal(signal.SIGHUP)
     served.wait_for(lambda: client.count(PHOTO).model_version != before, "the other version")
-    assert client.count(PHOTO).model_version == Counter(folder).version
+    assert client.count(PHOTO).model_version == Predictor(folder).version
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from serving_process import ServerProcess, ask, eventually, refused, same, serving
-from stocktake.serving.counter import Count, Counter
 from stocktake.serving.payloads import PHOTO_TYPES
+from stocktake.serving.predictor import Prediction, Predictor
 from tiny_bins import draw_bin
 
 PHOTOS = [draw_bin(1 + number % 3, 600 + number) for number in range(9)]
@@ -31,11 +31,11 @@ def server(counter_folder: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="module")
-def counts(counter_folder: Path) -> list[Count]:
-    return Counter(counter_folder).count(PHOTOS)
+def counts(counter_folder: Path) -> list[Prediction]:
+    return Predictor(counter_folder).count(PHOTOS)
 
 
-def test_ping_says_which_model_answers(server: ServerProcess, counts: list[Count]) -> None:
+def test_ping_says_which_model_answers(server: ServerProcess, counts: list[Prediction]) -> None:
     answer = server.ask("/ping")
     assert answer.status == 200
     told = answer.json()
@@ -43,12 +43,12 @@ def test_ping_says_which_model_answers(server: ServerProcess, counts: list[Count
     assert told["engine"].startswith(("openvino", "onnxruntime"))
 
 
-def test_photos_differ_so_that_answers_can_be_told_apart(counts: list[Count]) -> None:
+def test_photos_differ_so_that_answers_can_be_told_apart(counts: list[Prediction]) -> None:
     assert len({tuple(round(share, 4) for share in count.probabilities.values()) for count in counts}) == len(counts)
 
 
 @pytest.mark.parametrize("media", [*PHOTO_TYPES, None])
-def test_a_photo_as_the_body(media: str | None, server: ServerProcess, counts: list[Count]) -> None:
+def test_a_photo_as_the_body(media: str | None, server: ServerProcess, counts: list[Prediction]) -> None:
     answer = server.ask(body=PHOTOS[4], headers={"content-type": media} if media else {})
     assert answer.status == 200
     assert answer.headers["content-type"] == "application/json"
@@ -66,7 +66,7 @@ def test_a_photo_as_the_body(media: str | None, server: ServerProcess, counts: l
     ],
     ids=["split", "records", "list", "columns", "instances"],
 )
-def test_photos_in_json(content: dict[str, Any], server: ServerProcess, counts: list[Count]) -> None:
+def test_photos_in_json(content: dict[str, Any], server: ServerProcess, counts: list[Prediction]) -> None:
     answer = server.ask(body=json.dumps(content).encode(), headers=JSON)
     assert answer.status == 200
     predictions = answer.json()["predictions"]
@@ -74,7 +74,7 @@ def test_photos_in_json(content: dict[str, Any], server: ServerProcess, counts: 
 
 
 @pytest.mark.parametrize("media", ["application/jsonlines", "application/x-jsonlines", "application/x-ndjson"])
-def test_a_line_a_photo_loses_none(media: str, server: ServerProcess, counts: list[Count]) -> None:
+def test_a_line_a_photo_loses_none(media: str, server: ServerProcess, counts: list[Prediction]) -> None:
     not_a_photo = base64.b64encode(b"not a photo").decode()
     lines = [json.dumps({"photo": TEXTS[0]}), "{", json.dumps({"photo": not_a_photo}), TEXTS[1], json.dumps(TEXTS[2])]
     answer = server.ask(body="\n".join(lines).encode(), headers={"content-type": media})
@@ -85,13 +85,13 @@ def test_a_line_a_photo_loses_none(media: str, server: ServerProcess, counts: li
     assert all(same(one, count) for one, count in zip([told[0], *told[3:]], counts[:3], strict=True))
 
 
-def test_a_body_in_chunks(server: ServerProcess, counts: list[Count]) -> None:
+def test_a_body_in_chunks(server: ServerProcess, counts: list[Prediction]) -> None:
     pieces = (PHOTOS[2][start : start + 500] for start in range(0, len(PHOTOS[2]), 500))
     answer = server.ask(body=pieces, headers=JPEG, method="POST")
     assert same(answer.json(), counts[2])
 
 
-def test_the_client_chooses_the_form_of_the_answer(server: ServerProcess, counts: list[Count]) -> None:
+def test_the_client_chooses_the_form_of_the_answer(server: ServerProcess, counts: list[Prediction]) -> None:
     answer = server.ask(body=PHOTOS[0], headers=JPEG | {"accept": "application/jsonlines"})
     assert answer.headers["content-type"] == "application/jsonlines"
     assert answer.body.endswith(b"}\n")
@@ -140,7 +140,7 @@ def test_too_many_bytes_are_refused_as_they_stream_in(server: ServerProcess) -> 
     refused(answer, 413, "300000 bytes")
 
 
-def test_clients_at_once_get_their_own_answers(server: ServerProcess, counts: list[Count]) -> None:
+def test_clients_at_once_get_their_own_answers(server: ServerProcess, counts: list[Prediction]) -> None:
     def client(number: int) -> int:
         connection = server.connection()
         right = 0
@@ -155,7 +155,7 @@ def test_clients_at_once_get_their_own_answers(server: ServerProcess, counts: li
         assert list(pool.map(client, range(12))) == [15] * 12
 
 
-def test_pipelined_requests_are_answered_in_order(server: ServerProcess, counts: list[Count]) -> None:
+def test_pipelined_requests_are_answered_in_order(server: ServerProcess, counts: list[Prediction]) -> None:
     head = "POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {}\r\n{}\r\n"
     with server.socket() as raw:
         for number in (0, 1, 2):

@@ -16,8 +16,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from hostile_requests import MALFORMATIONS, SETTINGS, Client, attack
 from serving_process import ServerProcess, serving
-from stocktake.serving.counter import Counter
 from stocktake.serving.openapi import document
+from stocktake.serving.predictor import Predictor
 from stocktake.serving.protocol import MOST_HEAD_BYTES
 from tiny_bins import draw_bin
 
@@ -55,7 +55,7 @@ def test_each_malformation_has_its_status(malformation: Any, server: ServerProce
 
 
 def test_among_malformed_requests_the_good_ones_are_answered_right(server: ServerProcess, counter_folder: Path) -> None:
-    counts = Counter(counter_folder).count(PHOTOS)
+    counts = Predictor(counter_folder).count(PHOTOS)
 
     def right(told: dict[str, Any], number: int) -> bool:
         shares = counts[number].probabilities

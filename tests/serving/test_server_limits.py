@@ -17,7 +17,7 @@ import pytest
 
 import stocktake.serving.server as server_module
 from serving_process import PATIENCE, ServerProcess, eventually, refused, same, serving
-from stocktake.serving.counter import Count, Counter
+from stocktake.serving.predictor import Prediction, Predictor
 from stocktake.serving.protocol import MOST_CONNECTIONS
 from stocktake.serving.server import create_app
 from stocktake.serving.settings import ServerSettings
@@ -35,11 +35,11 @@ def own_server(counter_folder: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="module")
-def counts(counter_folder: Path) -> list[Count]:
-    return Counter(counter_folder).count(PHOTOS)
+def counts(counter_folder: Path) -> list[Prediction]:
+    return Predictor(counter_folder).count(PHOTOS)
 
 
-def test_a_full_queue_refuses_and_recovers(own_server: ServerProcess, counts: list[Count]) -> None:
+def test_a_full_queue_refuses_and_recovers(own_server: ServerProcess, counts: list[Prediction]) -> None:
     own_server.gate.touch()
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(own_server.ask, "/invocations", PHOTOS[number], JPEG) for number in range(3)]
@@ -94,7 +94,7 @@ def test_a_slow_body_and_a_slow_head_are_refused(own_server: ServerProcess) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_answers_what_has_begun(
-    number: signal.Signals, counter_folder: Path, counts: list[Count]
+    number: signal.Signals, counter_folder: Path, counts: list[Prediction]
 ) -> None:
     head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: {len(PHOTOS[2])}\r\n\r\n".encode()
     with serving(counter_folder, drain_seconds=PATIENCE, body_seconds=PATIENCE) as process, process.socket() as kept:
@@ -185,7 +185,7 @@ def test_connections_are_bounded(own_server: ServerProcess) -> None:
 def test_bodies_held_at_once_are_bounded(counter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, with less memory to fill."""
     monkeypatch.setattr(server_module, "HELD_BYTES", 1000)
-    app = create_app(Counter(counter_folder), ServerSettings(max_request_bytes=1024))
+    app = create_app(Predictor(counter_folder), ServerSettings(max_request_bytes=1024))
 
     async def run() -> list[int]:
         more = asyncio.Event()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stocktake.models.export import export_model
-from stocktake.serving.counter import Counter
+from stocktake.serving.predictor import Predictor
 from stocktake.serving.pyfunc import save_pyfunc
 from tiny_bins import draw_bin, tiny_model
 
@@ -43,7 +43,7 @@ def test_a_frame_of_photos_is_counted_by_several_processes(spark, few_bins, tmp_
     frame = spark.createDataFrame([(i, bytearray(photo)) for i, photo in enumerate(photos)], "id int, photo binary")
     count = mlflow.pyfunc.spark_udf(spark, str(model), env_manager="local")
     rows = frame.repartition(4).select("id", count("photo").alias("count")).select("id", "count.*").collect()
-    expected = Counter(tmp_path / "counter").count(photos)
+    expected = Predictor(tmp_path / "counter").count(photos)
     assert sorted(row.id for row in rows) == list(range(60))
     for row in rows:
         assert row.quantity == expected[row.id].quantity

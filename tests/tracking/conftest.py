@@ -33,7 +33,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def laid_out_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See tests/workflows/test_sync.py."""
+    """See tests/commands/test_sync.py."""
     return lay_out_store(tmp_path_factory)
 
 

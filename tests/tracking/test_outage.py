@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from stocktake.commands.sync import sync
 from stocktake.config import SyncConfig, TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.tracking.folder import RunFolder
-from stocktake.tracking.registry import fetch_model, register_candidate
+from stocktake.registry.models import fetch_model, register_candidate
+from stocktake.tracking.local_store import LocalRun
 from stocktake.tracking.runs import start_run
-from stocktake.workflows.sync import sync
 
 WORKSPACE = Path("workspace")
 STEPS = 40
@@ -111,7 +111,7 @@ def test_a_server_killed_under_a_run(
     assert len(client.get_metric_history(hung.run_id, "a")) == 20
 
     # The same store under another address is no other store.
-    folder = RunFolder.open(third.folder)
+    folder = LocalRun.open(third.folder)
     folder.set_tags({"later": "yes"})
     other = server.uri.replace("127.0.0.1", "localhost")
     assert sync(SyncConfig(workspace=str(WORKSPACE), tracking=TrackingConfig(uri=other)))["uploaded"] >= 1

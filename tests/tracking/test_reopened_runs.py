@@ -12,9 +12,9 @@ import pytest
 
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.tracking.backlog import end_run
-from stocktake.tracking.folder import FAILED, RunFolder
+from stocktake.tracking.local_store import FAILED, LocalRun
 from stocktake.tracking.runs import start_run
+from stocktake.tracking.sync import end_run
 
 QUIET = TrackingConfig(system_metrics=False)
 WORKSPACE = Path("workspace")
@@ -36,7 +36,7 @@ def _killed_child(parent: Path) -> Path:
     assert receiver.poll(60)
     folder = Path(receiver.recv())
     with pytest.raises(StocktakeError, match=f"still written by process {process.pid}"):
-        RunFolder.reopen(folder)
+        LocalRun.reopen(folder)
     assert not end_run(folder, QUIET, status=FAILED, reason="it is alive")
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
@@ -46,7 +46,7 @@ def _killed_child(parent: Path) -> Path:
 def test_a_child_of_another_process_is_ended_and_gone_on_with_in_the_same_run(client: Any) -> None:
     with start_run(QUIET, workspace=WORKSPACE, name="tune", tags={}) as parent:
         folder = _killed_child(parent.folder)
-        run_id = RunFolder.open(folder).state.upload.run_id
+        run_id = LocalRun.open(folder).state.upload.run_id
         assert client.get_run(run_id).info.status == "RUNNING"
         assert client.get_run(run_id).data.tags["mlflow.parentRunId"] == parent.run_id
 
@@ -74,12 +74,12 @@ def test_a_child_of_another_process_is_ended_and_gone_on_with_in_the_same_run(cl
 def test_a_run_is_ended_on_disk_when_the_store_is_away(client: Any) -> None:
     with start_run(QUIET, workspace=WORKSPACE, name="a", tags={}) as run:
         pass
-    folder = RunFolder.reopen(run.folder)
+    folder = LocalRun.reopen(run.folder)
     folder.release()
     away = TrackingConfig(uri="http://127.0.0.1:9")
     assert end_run(run.folder, away, status=FAILED, reason="gone")
-    assert RunFolder.open(run.folder).state.status == "FAILED"
-    assert "status" in RunFolder.open(run.folder).pending()
+    assert LocalRun.open(run.folder).state.status == "FAILED"
+    assert "status" in LocalRun.open(run.folder).pending()
 
 
 def test_the_run_that_mlflow_opened_says_where_it_goes_on(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

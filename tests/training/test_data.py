@@ -7,14 +7,14 @@ import torch
 from stocktake.training.data import BinsDataModule, EpochSampler, PhotoDataset
 
 
-def data_module(bench, *, augment: str = "full", workers: int = 0, seed: int = 0, batch_size: int = 8):
+def data_module(prepared, *, augment: str = "full", workers: int = 0, seed: int = 0, batch_size: int = 8):
     return BinsDataModule(
-        bench.manifest, bench.photos, batch_size=batch_size, augment=augment, workers=workers, seed=seed
+        prepared.manifest, prepared.photos, batch_size=batch_size, augment=augment, workers=workers, seed=seed
     )
 
 
-def dataset(bench, augment: str, seed: int = 0) -> PhotoDataset:
-    return PhotoDataset(bench.photos, bench.manifest.split("train"), bench.manifest.labels, augment, seed)
+def dataset(prepared, augment: str, seed: int = 0) -> PhotoDataset:
+    return PhotoDataset(prepared.photos, prepared.manifest.split("train"), prepared.manifest.labels, augment, seed)
 
 
 def epoch_of(loader, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tiny_training
+from stocktake.commands.stage_runs import PreparedData
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import confusion_matrix, scores
@@ -21,8 +22,7 @@ from stocktake.models.inference import predict
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import PLAIN, Precision
 from stocktake.training.checkpoints import BEST, LAST
-from stocktake.training.fit import Fitted, fit
-from stocktake.workflows.rung import Bench
+from stocktake.training.fit import FitResult, fit
 from tiny_bins import PLAIN_BACKBONE, TINY_BACKBONE, TINY_SIZE
 
 NUMBER = r"-?\d+\.\d+"
@@ -37,7 +37,7 @@ class Training:
     """A finished one, with all that it told."""
 
     model: NetworkModel
-    fitted: Fitted | None = None
+    fitted: FitResult | None = None
     epochs: list[int] = field(default_factory=list)
     figures: list[dict[str, float]] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ def config(
 
 
 def train(
-    bench: Bench,
+    prepared: PreparedData,
     given: FinetuneConfig,
     checkpoints: Path,
     *,
@@ -69,7 +69,7 @@ def train(
     stop_at: int | None = None,
 ) -> Training:
     checkpoints.mkdir(parents=True, exist_ok=True)
-    labels = bench.manifest.labels
+    labels = prepared.manifest.labels
     training = Training(create_network(labels, TINY_SIZE, given.backbone, "none", seed=given.seed))
 
     def on_epoch(figures: Mapping[str, float], epoch: int) -> bool:
@@ -80,14 +80,14 @@ def train(
         return epoch == stop_at
 
     training.fitted = fit(
-        training.model, bench.manifest, bench.photos, given, precision, checkpoints=checkpoints, on_epoch=on_epoch
+        training.model, prepared.manifest, prepared.photos, given, precision, checkpoints=checkpoints, on_epoch=on_epoch
     )
     return training
 
 
-def val_macro_f1(model: NetworkModel, bench: Bench) -> float:
-    val, labels = bench.manifest.split("val"), bench.manifest.labels
-    shares = predict(model, bench.photos, val["hash"].tolist(), 16, torch.device("cpu"))
+def val_macro_f1(model: NetworkModel, prepared: PreparedData) -> float:
+    val, labels = prepared.manifest.split("val"), prepared.manifest.labels
+    shares = predict(model, prepared.photos, val["hash"].tolist(), 16, torch.device("cpu"))
     counted = np.array(labels)[shares.argmax(1)]
     return scores(confusion_matrix(labels, val["quantity"].to_numpy(), counted), labels)["macro_f1"]
 
@@ -99,7 +99,7 @@ def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 @pytest.mark.slow
 def test_it_learns_and_keeps_the_best_epoch(
-    tiny_bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bench: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = train(tiny_bench, config(epochs=9, **LEARNS_FAST), tmp_path)
     scored = training.of("val/macro_f1")
@@ -128,24 +128,24 @@ def test_it_learns_and_keeps_the_best_epoch(
     assert not list(tmp_path.glob("*-v*.ckpt")), "one best, one last"
 
 
-def test_patience_stops_early(few_bins: Bench, tmp_path: Path) -> None:
+def test_patience_stops_early(few_bins: PreparedData, tmp_path: Path) -> None:
     # a rate of nothing: only the normalisation statistics move
     training = train(few_bins, config(epochs=30, lr=1e-12, patience=2, schedule="constant"), tmp_path)
     scored = training.of("val/macro_f1")
     assert len(scored) < 30
     best = scored.index(max(scored))
     assert len(scored) == best + 1 + 2
-    assert training.fitted == Fitted(best + 1, len(scored), pytest.approx(max(scored)))
+    assert training.fitted == FitResult(best + 1, len(scored), pytest.approx(max(scored)))
 
 
-def test_a_verdict_ends_the_training(few_bins: Bench, tmp_path: Path) -> None:
+def test_a_verdict_ends_the_training(few_bins: PreparedData, tmp_path: Path) -> None:
     training = train(few_bins, config(epochs=6), tmp_path, stop_at=2)
     assert training.epochs == [1, 2]
     assert training.fitted is not None
     assert training.fitted.epochs == 2
 
 
-def test_the_same_config_gives_the_same_figures(few_bins: Bench, tmp_path: Path) -> None:
+def test_the_same_config_gives_the_same_figures(few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=2, augment="full")
     one = train(few_bins, given, tmp_path / "one")
     torch.rand(100)
@@ -167,7 +167,7 @@ BRANCHES = {
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_stopped_and_resumed_is_the_same_as_never_stopped(branch: str, few_bins: Bench, tmp_path: Path) -> None:
+def test_stopped_and_resumed_is_the_same_as_never_stopped(branch: str, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=4, **BRANCHES[branch])
     whole = train(few_bins, given, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -184,14 +184,14 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(branch: str, few_bins:
         assert torch.equal(value, other["state_dict"][key]), key
 
 
-def test_ctrl_c_is_still_heard_after_an_interrupted_training(few_bins: Bench, tmp_path: Path) -> None:
+def test_ctrl_c_is_still_heard_after_an_interrupted_training(few_bins: PreparedData, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(few_bins, config(), tmp_path, interrupt_at=1)
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_resuming_a_finished_training_trains_no_further(few_bins: Bench, tmp_path: Path) -> None:
+def test_resuming_a_finished_training_trains_no_further(few_bins: PreparedData, tmp_path: Path) -> None:
     first = train(few_bins, config(epochs=2), tmp_path)
     again = train(few_bins, config(epochs=2), tmp_path)
     assert again.epochs == []
@@ -199,7 +199,7 @@ def test_resuming_a_finished_training_trains_no_further(few_bins: Bench, tmp_pat
     assert_same_weights(again.model, first.model)
 
 
-def test_a_moved_folder_still_knows_its_best_epoch(few_bins: Bench, tmp_path: Path) -> None:
+def test_a_moved_folder_still_knows_its_best_epoch(few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=6, schedule="constant", lr=1e-12)
     whole = train(few_bins, given, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -211,7 +211,7 @@ def test_a_moved_folder_still_knows_its_best_epoch(few_bins: Bench, tmp_path: Pa
     assert not (tmp_path / "there").exists()
 
 
-def test_more_epochs_than_the_schedule_was_made_for_is_told(few_bins: Bench, tmp_path: Path) -> None:
+def test_more_epochs_than_the_schedule_was_made_for_is_told(few_bins: PreparedData, tmp_path: Path) -> None:
     train(few_bins, config(epochs=1), tmp_path / "a")
     with pytest.raises(StocktakeError, match="--epochs"):
         train(few_bins, config(epochs=3), tmp_path / "a")
@@ -220,7 +220,7 @@ def test_more_epochs_than_the_schedule_was_made_for_is_told(few_bins: Bench, tmp
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "truncated"])
-def test_a_damaged_checkpoint_is_told(content: bytes | None, few_bins: Bench, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_told(content: bytes | None, few_bins: PreparedData, tmp_path: Path) -> None:
     train(few_bins, config(epochs=1), tmp_path)
     last = tmp_path / LAST
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2] if content is None else content)
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_told(content: bytes | None, few_bins: Bench, tm
     ],
 )
 def test_going_on_with_other_settings_is_told(
-    changed: dict[str, Any], named: str, few_bins: Bench, tmp_path: Path
+    changed: dict[str, Any], named: str, few_bins: PreparedData, tmp_path: Path
 ) -> None:
     train(few_bins, config(epochs=1), tmp_path)
     with pytest.raises(StocktakeError, match=rf"last\.ckpt was trained with {named} \S+ \(now "):
@@ -249,7 +249,7 @@ def test_going_on_with_other_settings_is_told(
 
 
 @pytest.mark.slow
-def test_bf16_on_the_cpu(tiny_bench: Bench, tmp_path: Path) -> None:
+def test_bf16_on_the_cpu(tiny_bench: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=3, **LEARNS_FAST)
     training = train(tiny_bench, given, tmp_path / "bf16", precision=Precision("bf16", channels_last=False))
     assert training.of("train/loss")[-1] < training.of("train/loss")[0]
@@ -259,7 +259,7 @@ def test_bf16_on_the_cpu(tiny_bench: Bench, tmp_path: Path) -> None:
     assert training.of("train/loss")[0] != plain.of("train/loss")[0], "it was computed in another format"
 
 
-def test_gradients_are_clipped(few_bins: Bench, tmp_path: Path) -> None:
+def test_gradients_are_clipped(few_bins: PreparedData, tmp_path: Path) -> None:
     given = {"epochs": 1, "optimizer": "sgd", "schedule": "constant", "lr": 0.01}
     fresh = create_network(few_bins.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0).state_dict()
 
@@ -273,7 +273,7 @@ def test_gradients_are_clipped(few_bins: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accumulated_batches_make_fewer_steps(few_bins: Bench, tmp_path: Path) -> None:
+def test_accumulated_batches_make_fewer_steps(few_bins: PreparedData, tmp_path: Path) -> None:
     def steps(name: str, accumulate: int) -> int:
         train(few_bins, config(epochs=2, batch_size=2, accumulate=accumulate), tmp_path / name)
         return torch.load(tmp_path / name / LAST, weights_only=True)["global_step"]
@@ -284,7 +284,7 @@ def test_accumulated_batches_make_fewer_steps(few_bins: Bench, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("max_steps", [1, 4])
-def test_max_steps_ends_within_an_epoch(max_steps: int, few_bins: Bench, tmp_path: Path) -> None:
+def test_max_steps_ends_within_an_epoch(max_steps: int, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=5, batch_size=4, max_steps=max_steps)
     assert len(few_bins.manifest.split("train")) // 4 == 3
     training = train(few_bins, given, tmp_path)
@@ -295,24 +295,24 @@ def test_max_steps_ends_within_an_epoch(max_steps: int, few_bins: Bench, tmp_pat
     assert len(set(losses)) == len(losses), "the epoch that was cut short was validated too"
 
 
-def test_no_steps_at_all_are_refused(few_bins: Bench, tmp_path: Path) -> None:
+def test_no_steps_at_all_are_refused(few_bins: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(StocktakeError, match=r"--training\.max_steps 0"):
         train(few_bins, config(max_steps=0), tmp_path)
 
 
-def test_a_batch_larger_than_the_split(few_bins: Bench, tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_split(few_bins: PreparedData, tmp_path: Path) -> None:
     training = train(few_bins, config(epochs=2, batch_size=1000), tmp_path)
     assert training.epochs == [1, 2]
     assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 2
 
 
-def test_batches_of_one_are_refused(few_bins: Bench, tmp_path: Path) -> None:
+def test_batches_of_one_are_refused(few_bins: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(StocktakeError, match="--batch_size 1"):
         train(few_bins, config(batch_size=1), tmp_path)
 
 
 @pytest.mark.slow
-def test_workers_do_not_change_the_figures(few_bins: Bench, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_figures(few_bins: PreparedData, tmp_path: Path) -> None:
     one, two = (train(few_bins, config(epochs=2, augment="full", workers=n), tmp_path / f"{n}") for n in (0, 2))
     assert one.figures == two.figures
     assert_same_weights(one.model, two.model)

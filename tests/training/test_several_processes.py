@@ -17,6 +17,7 @@ from torch import nn
 
 from process_pair import ByRank, ProcessGroup
 from stocktake import ranks
+from stocktake.commands.stage_runs import PreparedData
 from stocktake.errors import StocktakeError
 from stocktake.models.network import create_network
 from stocktake.models.precision import PLAIN, Precision
@@ -24,7 +25,6 @@ from stocktake.training.batchnorm import SynchronisedBatchNorm, synchronised
 from stocktake.training.checkpoints import BEST, LAST
 from stocktake.training.data import BatchSampler, BinsDataModule, EpochSampler, collate
 from stocktake.training.module import NetworkModule
-from stocktake.workflows.rung import Bench
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
 from tiny_training import assert_same_curve, config, tiny_network, train
 
@@ -92,7 +92,9 @@ BRANCHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_two_processes_learn_what_one_does(branch: str, pair: ProcessGroup, tiny_bench: Bench, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_does(
+    branch: str, pair: ProcessGroup, tiny_bench: PreparedData, tmp_path: Path
+) -> None:
     given = config(**BRANCHES[branch])
     alone = train(tiny_bench, given, tmp_path / "alone")
     first, second = pair.run(train, tiny_bench, given, tmp_path / "pair")
@@ -109,7 +111,9 @@ def test_two_processes_learn_what_one_does(branch: str, pair: ProcessGroup, tiny
     assert set(saved["state_dict"]) == set(torch.load(tmp_path / "alone" / LAST, weights_only=True)["state_dict"])
 
 
-def test_without_normalisation_and_without_synchronising(pair: ProcessGroup, few_bins: Bench, tmp_path: Path) -> None:
+def test_without_normalisation_and_without_synchronising(
+    pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path
+) -> None:
     given = config(epochs=1, batch_size=4)
     apart = replace(given, training=replace(given.training, sync_batchnorm=False))
     alone = train(few_bins, given, tmp_path / "alone")
@@ -123,7 +127,7 @@ def test_without_normalisation_and_without_synchronising(pair: ProcessGroup, few
         assert_same_curve(plain[0], pair.run(train, few_bins, setting, place, None, PLAIN, False)[0][0])
 
 
-def test_bf16_in_two_processes(pair: ProcessGroup, few_bins: Bench, tmp_path: Path) -> None:
+def test_bf16_in_two_processes(pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=1, batch_size=4)
     form = Precision("bf16", channels_last=True)
     alone = train(few_bins, given, tmp_path / "alone", precision=form)
@@ -195,7 +199,7 @@ def test_normalisation_over_unequal_shares_is_that_of_the_whole(
         torch.testing.assert_close(given, wanted.detach(), atol=2e-4, rtol=1e-3)
 
 
-def test_gpus_have_torchs_own_layers_meanwhile(few_bins: Bench) -> None:
+def test_gpus_have_torchs_own_layers_meanwhile(few_bins: PreparedData) -> None:
     model = tiny_network(few_bins)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with synchronised(model, "nccl"):
@@ -216,12 +220,12 @@ def test_gpus_have_torchs_own_layers_meanwhile(few_bins: Bench) -> None:
 # Exact figures --------------------------------------------------------------------------------------------------------
 
 
-def validate(bench: Bench, batch_size: int) -> tuple[dict[str, float], int]:
+def validate(prepared: PreparedData, batch_size: int) -> tuple[dict[str, float], int]:
     """The figures of val in an untrained network, and how many photos this process looked at."""
     world = ranks.world()
     data = BinsDataModule(
-        bench.manifest,
-        bench.photos,
+        prepared.manifest,
+        prepared.photos,
         batch_size=batch_size,
         augment="none",
         workers=0,
@@ -229,7 +233,7 @@ def validate(bench: Bench, batch_size: int) -> tuple[dict[str, float], int]:
         rank=world.rank,
         size=world.size,
     )
-    model = create_network(bench.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0).eval()
+    model = create_network(prepared.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0).eval()
     module = NetworkModule(model, config(), [1, 1, 1])
     seen = 0
     with torch.no_grad():
@@ -240,15 +244,17 @@ def validate(bench: Bench, batch_size: int) -> tuple[dict[str, float], int]:
 
 
 @pytest.mark.parametrize("photos", [1, 2, 3, 5, 8, 13])
-def test_figures_are_those_of_one_process_to_the_last_digit(photos: int, pair: ProcessGroup, tiny_bench: Bench) -> None:
+def test_figures_are_those_of_one_process_to_the_last_digit(
+    photos: int, pair: ProcessGroup, tiny_bench: PreparedData
+) -> None:
     bins = tiny_bench.manifest.bins
     val = bins[bins["split"] == "val"].iloc[:photos]
     kept = bins[(bins["split"] != "val") | bins["id"].isin(val["id"])].reset_index(drop=True)
-    bench = replace(tiny_bench, manifest=replace(tiny_bench.manifest, bins=kept))
+    prepared = replace(tiny_bench, manifest=replace(tiny_bench.manifest, bins=kept))
     for batch_size in (2, 4):
-        alone, seen = validate(bench, batch_size)
+        alone, seen = validate(prepared, batch_size)
         assert seen == photos
-        told = pair.run(validate, bench, batch_size)
+        told = pair.run(validate, prepared, batch_size)
         assert sum(count for _, count in told) == photos, "no photo is looked at twice"
         if photos <= batch_size:
             assert told[1][1] == 0, "the second process has none at all"
@@ -261,13 +267,13 @@ def test_figures_are_those_of_one_process_to_the_last_digit(photos: int, pair: P
 # Decisions and checkpoints --------------------------------------------------------------------------------------------
 
 
-def test_both_stop_when_the_first_is_told_to(pair: ProcessGroup, few_bins: Bench, tmp_path: Path) -> None:
+def test_both_stop_when_the_first_is_told_to(pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path) -> None:
     first, second = pair.run(train, few_bins, config(epochs=6, batch_size=4), tmp_path, 2)
     assert [one["epoch"] for one in first[0]] == [1, 2]
     assert first[1].epochs == second[1].epochs == 2
 
 
-def test_both_stop_early_at_the_same_epoch(pair: ProcessGroup, few_bins: Bench, tmp_path: Path) -> None:
+def test_both_stop_early_at_the_same_epoch(pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=20, batch_size=4, lr=1e-12, patience=2, schedule="constant")
     first, second = pair.run(train, few_bins, given, tmp_path)
     scores = [one["val/macro_f1"] for one in first[0]]
@@ -279,7 +285,7 @@ def test_both_stop_early_at_the_same_epoch(pair: ProcessGroup, few_bins: Bench, 
 @pytest.mark.slow
 @pytest.mark.parametrize("begun_by", ["one", "two"])
 def test_another_number_of_processes_goes_on(
-    begun_by: str, pair: ProcessGroup, few_bins: Bench, tmp_path: Path
+    begun_by: str, pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path
 ) -> None:
     given = config(epochs=4, batch_size=4)
     whole = train(few_bins, given, tmp_path / "whole")
@@ -300,7 +306,7 @@ def test_another_number_of_processes_goes_on(
     assert gone_on[1].best_epoch == whole[1].best_epoch
 
 
-def test_what_goes_wrong_in_all_is_told_by_all(pair: ProcessGroup, few_bins: Bench, tmp_path: Path) -> None:
+def test_what_goes_wrong_in_all_is_told_by_all(pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path) -> None:
     for settings, said in (
         (config(batch_size=7), "--batch_size 7 is the batch of all processes together, and 2 cannot share it"),
         (config(batch_size=2), "--batch_size 2 .* give a multiple of 2, from 4"),
@@ -315,22 +321,22 @@ def _who() -> tuple[int, int]:
     return os.getpid(), ranks.gather(ranks.world().rank)[-1]
 
 
-def test_dropout_draws_for_each_process(pair: ProcessGroup, few_bins: Bench) -> None:
+def test_dropout_draws_for_each_process(pair: ProcessGroup, few_bins: PreparedData) -> None:
     drawn = pair.run(_draw, few_bins)
     assert not torch.equal(*drawn)
     assert all(torch.equal(one, other) for one, other in zip(drawn, pair.run(_draw, few_bins), strict=True))
 
 
-def _draw(bench: Bench) -> torch.Tensor:
+def _draw(prepared: PreparedData) -> torch.Tensor:
     module = NetworkModule(
-        create_network(bench.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0), config(), [1, 1, 1]
+        create_network(prepared.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0), config(), [1, 1, 1]
     )
     module._trainer = type("Trainer", (), {"current_epoch": 0, "global_rank": ranks.world().rank})()  # type: ignore[assignment]
     module.on_train_batch_start(None, 3)
     return torch.rand(4)
 
 
-def test_shares_of_the_epochs_of_a_bench(few_bins: Bench) -> None:
+def test_shares_of_the_epochs_of_a_bench(few_bins: PreparedData) -> None:
     """The photos of a global batch are the same, augmented the same, for any number of processes."""
 
     def epoch(rank: int, size: int) -> list[np.ndarray[Any, Any]]:

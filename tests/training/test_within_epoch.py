@@ -15,19 +15,19 @@ import pytest
 import torch
 
 from process_pair import ProcessGroup
+from stocktake.commands.stage_runs import PreparedData
 from stocktake.config import FinetuneConfig
 from stocktake.models.precision import PLAIN
 from stocktake.training.checkpoints import LAST, Renamed
-from stocktake.training.fit import Fitted
+from stocktake.training.fit import FitResult
 from stocktake.training.module import NetworkModule
-from stocktake.workflows.rung import Bench
 from tiny_training import assert_same_curve, config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY_STEP = {"checkpoint_minutes": 1e-9}
 BATCHES = 6
 """Of two photos, of the twelve bins that few_bins trains on."""
-Trained = tuple[list[dict[str, float]], Fitted, dict[str, torch.Tensor]]
+Trained = tuple[list[dict[str, float]], FitResult, dict[str, torch.Tensor]]
 
 
 class CutOffError(Exception):
@@ -111,7 +111,9 @@ BRANCHES: dict[str, tuple[dict[str, Any], tuple[int, int], int]] = {
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_cut_off_within_an_epoch_is_the_same_as_never_cut_off(branch: str, few_bins: Bench, tmp_path: Path) -> None:
+def test_cut_off_within_an_epoch_is_the_same_as_never_cut_off(
+    branch: str, few_bins: PreparedData, tmp_path: Path
+) -> None:
     settings, (epoch, batch), kept = BRANCHES[branch]
     given = config(**{"epochs": 3, "batch_size": 2, **EVERY_STEP, **settings})
     whole = train(few_bins, given, tmp_path / "whole", dropout=0.2)
@@ -128,7 +130,7 @@ def test_cut_off_within_an_epoch_is_the_same_as_never_cut_off(branch: str, few_b
     assert_same_files(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_cut_off_again_and_again(few_bins: Bench, tmp_path: Path) -> None:
+def test_cut_off_again_and_again(few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=4, batch_size=2, augment="full", **EVERY_STEP)
     whole = train(few_bins, given, tmp_path / "whole", dropout=0.2)
     for place in ((0, 1), (0, 5), (1, 3), (1, 4), (3, 0), (3, 2)):
@@ -140,14 +142,14 @@ def test_cut_off_again_and_again(few_bins: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 3])
-def test_workers_begin_with_the_right_batch(batch: int, few_bins: Bench, tmp_path: Path) -> None:
+def test_workers_begin_with_the_right_batch(batch: int, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=3, batch_size=2, augment="full", workers=2, **EVERY_STEP)
     whole = train(few_bins, given, tmp_path / "whole")
     train_until(1, batch, few_bins, given, tmp_path / "cut")
     assert_same_end(train(few_bins, given, tmp_path / "cut"), whole)
 
 
-def test_a_checkpoint_is_written_when_its_time_has_come(few_bins: Bench, tmp_path: Path) -> None:
+def test_a_checkpoint_is_written_when_its_time_has_come(few_bins: PreparedData, tmp_path: Path) -> None:
     for name, minutes in (("ends of epochs", 0.0), ("later", 10.0)):
         given = config(batch_size=2, checkpoint_minutes=minutes)
         train_until(1, 4, few_bins, given, tmp_path / name)
@@ -158,7 +160,7 @@ def test_a_checkpoint_is_written_when_its_time_has_come(few_bins: Bench, tmp_pat
     assert position(tmp_path / "after a while") == (0, 4)
 
 
-def test_how_often_may_change(few_bins: Bench, tmp_path: Path) -> None:
+def test_how_often_may_change(few_bins: PreparedData, tmp_path: Path) -> None:
     whole = train(few_bins, config(batch_size=2), tmp_path / "whole")
     train_until(1, 4, few_bins, config(batch_size=2, **EVERY_STEP), tmp_path / "cut")
     assert_same_end(train(few_bins, config(batch_size=2, checkpoint_minutes=0), tmp_path / "cut"), whole)
@@ -167,7 +169,7 @@ def test_how_often_may_change(few_bins: Bench, tmp_path: Path) -> None:
 # Told to end ----------------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_ends_after_the_step_and_keeps_it(few_bins: Bench, tmp_path: Path) -> None:
+def test_sigterm_ends_after_the_step_and_keeps_it(few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=3, batch_size=2, checkpoint_minutes=0)
     whole = train(few_bins, given, tmp_path / "whole")
     before = signal.getsignal(signal.SIGTERM)
@@ -190,7 +192,7 @@ def test_sigterm_ends_after_the_step_and_keeps_it(few_bins: Bench, tmp_path: Pat
     ids=["in validation", "in the last step", "told twice"],
 )
 def test_where_nothing_can_be_kept_sigterm_ends_at_once(
-    step: str, batch: int, deed: Callable[[], None], few_bins: Bench, tmp_path: Path
+    step: str, batch: int, deed: Callable[[], None], few_bins: PreparedData, tmp_path: Path
 ) -> None:
     given = config(epochs=3, batch_size=2, checkpoint_minutes=0)
     whole = train(few_bins, given, tmp_path / "whole")
@@ -212,7 +214,7 @@ def test_where_nothing_can_be_kept_sigterm_ends_at_once(
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_sigterm_waits_for_an_epochs_checkpoint(
-    epoch: int, few_bins: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    epoch: int, few_bins: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = config(epochs=3, batch_size=2, checkpoint_minutes=0)
     whole = train(few_bins, given, tmp_path / "whole")
@@ -235,7 +237,7 @@ def test_sigterm_waits_for_an_epochs_checkpoint(
 @pytest.mark.parametrize("settings", [{"epochs": 3}, BRANCHES["stopped early"][0]], ids=["to the end", "stopped early"])
 def test_killed_after_an_epochs_checkpoint_its_line_was_told_and_early_stopping_has_counted_it(
     settings: dict[str, Any],
-    few_bins: Bench,
+    few_bins: PreparedData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -258,13 +260,13 @@ def test_killed_after_an_epochs_checkpoint_its_line_was_told_and_early_stopping_
     assert_same_end(resumed, (whole[0][2:], *whole[1:]))
 
 
-def _train_alone(bench: Bench, given: FinetuneConfig, checkpoints: Path) -> None:
+def _train_alone(prepared: PreparedData, given: FinetuneConfig, checkpoints: Path) -> None:
     torch.set_num_threads(1)
-    train(bench, given, checkpoints)
+    train(prepared, given, checkpoints)
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_whole_checkpoint(tiny_bench: Bench, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_a_whole_checkpoint(tiny_bench: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=3, batch_size=2, augment="full", **EVERY_STEP)
     whole = train(tiny_bench, given, tmp_path / "whole")
     process = multiprocessing.get_context("spawn").Process(
@@ -302,7 +304,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tiny_bench: Bench, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("batchnorm", [True, False], ids=["synchronised", "none"])
 def test_two_processes_go_on_where_they_were(
-    batchnorm: bool, pair: ProcessGroup, few_bins: Bench, tmp_path: Path
+    batchnorm: bool, pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path
 ) -> None:
     given = config(epochs=3, batch_size=4, lr=1e-3, augment="full", **EVERY_STEP)
     settings = (None, PLAIN, batchnorm, 0.2)
@@ -317,7 +319,7 @@ def test_two_processes_go_on_where_they_were(
 @pytest.mark.slow
 @pytest.mark.parametrize("begun_by", ["one", "two"])
 def test_another_number_of_processes_goes_on_with_the_same_batches(
-    begun_by: str, pair: ProcessGroup, few_bins: Bench, tmp_path: Path
+    begun_by: str, pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path
 ) -> None:
     given = config(epochs=3, batch_size=4, **EVERY_STEP)
     whole = train(few_bins, given, tmp_path / "whole")

@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from stocktake.commands import parse
+from stocktake.command_line import parse
 from stocktake.config import (
     ClassicalConfig,
     FinetuneConfig,
@@ -27,10 +27,10 @@ from stocktake.config import (
     TrainingConfig,
 )
 from stocktake.errors import StocktakeError
+from stocktake.tuning.config_overrides import with_overrides
 from stocktake.tuning.experiment import write_experiment
-from stocktake.tuning.settings import configure
+from stocktake.tuning.search_defaults import DEFAULT_SPACES
 from stocktake.tuning.space import Choice, Range, Space, parse_space, read_space
-from stocktake.tuning.stages import DEFAULT_SPACES
 
 CONDITIONAL = """
 lr: {log_uniform: [1.0e-4, 3.0e-3]}
@@ -184,7 +184,7 @@ def test_every_suggestion_is_a_valid_config_within_the_bounds_and_is_found_again
     trial = drawn(space, seed)
     found = space.suggest(trial)
 
-    configured = configure(config, found)
+    configured = with_overrides(config, found)
     for setting, value in found.items():
         assert operator.attrgetter(setting)(configured) == value
     by_name = {dimension.name: dimension for dimension in space.all_dimensions()}
@@ -401,21 +401,21 @@ def test_a_difference_is_told_in_words() -> None:
 
 def test_configure_replaces_settings_and_checks_them() -> None:
     before = FinetuneConfig(lr=0.5, training=TrainingConfig(patience=9))
-    after = configure(before, {"epochs": 3, "training.freeze_epochs": 1, "weight_decay": 1})
+    after = with_overrides(before, {"epochs": 3, "training.freeze_epochs": 1, "weight_decay": 1})
     assert after == FinetuneConfig(
         lr=0.5, epochs=3, weight_decay=1.0, training=TrainingConfig(patience=9, freeze_epochs=1)
     )
     assert before == FinetuneConfig(lr=0.5, training=TrainingConfig(patience=9))
-    assert configure(FrozenConfig(), {"head.c": 0.5}).head.c == (0.5,)
-    assert configure(FrozenConfig(), {"head.c": [0.5, 1]}).head.c == (0.5, 1.0)
-    assert configure(ClassicalConfig(), {"classical.gamma": None}).classical.gamma is None
-    assert configure(before, {}) == before
+    assert with_overrides(FrozenConfig(), {"head.c": 0.5}).head.c == (0.5,)
+    assert with_overrides(FrozenConfig(), {"head.c": [0.5, 1]}).head.c == (0.5, 1.0)
+    assert with_overrides(ClassicalConfig(), {"classical.gamma": None}).classical.gamma is None
+    assert with_overrides(before, {}) == before
     with pytest.raises(StocktakeError, match=r"--training\.freeze_epochs -1 must be"):
-        configure(before, {"training.freeze_epochs": -1})
+        with_overrides(before, {"training.freeze_epochs": -1})
     with pytest.raises(StocktakeError, match=r"epochs must be a whole number, not 2\.5"):
-        configure(before, {"epochs": 2.5})
+        with_overrides(before, {"epochs": 2.5})
     with pytest.raises(StocktakeError, match=r"epoch is no setting of FinetuneConfig: did you mean epochs\?"):
-        configure(before, {"epoch": 2})
+        with_overrides(before, {"epoch": 2})
 
 
 # Experiments ----------------------------------------------------------------------------------------------------------

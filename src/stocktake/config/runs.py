@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stocktake.config.bins import BinsConfig
 from stocktake.config.bound import bound
+from stocktake.config.data import BinsConfig
 
 
 @dataclass

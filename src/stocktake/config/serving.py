@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stocktake.config.bins import BinsConfig
 from stocktake.config.bound import bound
+from stocktake.config.data import BinsConfig
 from stocktake.config.runs import TrackingConfig
 
 

@@ -36,7 +36,7 @@ class Calibration:
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Calibration:
-        """From the part of a counter.json; what older ones lack is as it is here."""
+        """From the part of a model.json; what older ones lack is as it is here."""
         return cls(**{field.name: described[field.name] for field in fields(cls) if field.name in described})
 
     def apply(self, probabilities: Probabilities) -> Probabilities:

@@ -37,7 +37,7 @@ def write_report(
     seed: int = 0,
     calibration: Calibration | None = None,
 ) -> dict[str, float]:
-    """Score predictions and write what a reader needs to judge them.
+    """Score predictions and write what a reader needs to run_gate them.
 
     Written into `folder`, each file beside its place and then moved there:
     `<split>_metrics.json` (name -> value, low, high, n), `<split>_confusion_matrix.json` (labels, matrix with

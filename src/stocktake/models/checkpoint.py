@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stocktake.errors import StocktakeError
-from stocktake.models.classical import PcaSvmModel
 from stocktake.models.counting_model import CountingModel, ModelSpec
 from stocktake.models.majority import MajorityModel
 from stocktake.models.network import NetworkModel
+from stocktake.models.pca_svm import PcaSvmModel
 
 WEIGHTS = "model.safetensors"
 SPEC = "model.json"

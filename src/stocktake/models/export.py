@@ -15,14 +15,14 @@ from stocktake.models.counting_model import CountingModel
 from stocktake.models.network import NetworkModel
 
 GRAPH = "counter.onnx"
-DESCRIPTION = "counter.json"
+DESCRIPTION = "model.json"
 FORMAT = 2
-"""Version of counter.json; readers refuse a newer one."""
+"""Version of model.json; readers refuse a newer one."""
 OPSET = 18
 
 
 def export_model(model: CountingModel, folder: Path, calibration: Mapping[str, object] | None = None) -> None:
-    """Write counter.onnx (photos (n, size, size, 3) uint8 -> logits (n, classes) float32) and counter.json.
+    """Write counter.onnx (photos (n, size, size, 3) uint8 -> logits (n, classes) float32) and model.json.
 
     By tracing (`dynamo=False`): the models branch on nothing but shapes, and torch's newer exporter needs 12 s of a
     processor for EfficientNet-Lite0, half of them for its own imports, where tracing needs 1 s. Torch calls tracing
@@ -31,7 +31,7 @@ def export_model(model: CountingModel, folder: Path, calibration: Mapping[str, o
     Args:
         model: left on the CPU, in evaluation mode.
         folder: made when it is not there.
-        calibration: goes into counter.json: temperature, set_threshold and what else is known of it.
+        calibration: goes into model.json: temperature, set_threshold and what else is known of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = model.cpu().eval()

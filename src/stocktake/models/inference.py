@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from stocktake import ranks
-from stocktake.bins.array_cache import ArrayCache
+from stocktake.data.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel
 from stocktake.progress import progress
 
@@ -26,7 +26,7 @@ def predict(
     world = ranks.world()
     starts = range(0, len(hashes), batch_size)[world.rank :: world.size]
     parts: dict[int, npt.NDArray[np.float64]] = {}
-    with progress("predicting", len(hashes) * ranks.is_first()) as advance, torch.inference_mode():
+    with progress("predicting", len(hashes) * ranks.is_rank_zero()) as advance, torch.inference_mode():
         for start in starts:
             batch = torch.from_numpy(photos.read(hashes[start : start + batch_size])).to(device)
             parts[start] = torch.softmax(model(batch).double(), 1).cpu().numpy()

@@ -1,9 +1,9 @@
 """The processes of a distributed job: who this one is, how they join, agree, wait for each other and fail together.
 
     with joined(timeout=300) as world:      # torchrun has started world.size processes of this program
-        with leaders_first():               # once a machine, however long it takes
+        with local_rank_zero_first():               # once a machine, however long it takes
             prepare()
-        folder = from_first(open_run)       # done by rank 0, known to all
+        folder = run_on_rank_zero(open_run)       # done by rank 0, known to all
         parts = gather(part)
 
 Rank is asked here and nowhere else. A process that nobody joined is alone and the first: all of this is then nothing,
@@ -29,10 +29,10 @@ from stocktake.ranks.world import (
     RankFailedError,
     World,
     choose_backend,
-    is_told,
+    error_recorded,
     job,
     job_of,
-    launched,
+    world_from_env,
 )
 
 __all__ = [
@@ -42,18 +42,18 @@ __all__ = [
     "World",
     "broadcast",
     "choose_backend",
-    "explained",
-    "from_first",
+    "error_recorded",
     "gather",
-    "is_first",
     "is_gone",
-    "is_told",
+    "is_rank_zero",
     "job",
     "job_of",
     "joined",
-    "launched",
-    "leaders_first",
+    "local_rank_zero_first",
+    "run_on_rank_zero",
+    "with_root_cause",
     "world",
+    "world_from_env",
 ]
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def world() -> World:
     return _world
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is the process that prints, logs and writes; a process alone is."""
     return world().rank == 0
 
@@ -93,7 +93,7 @@ def joined(*, timeout: float, expected: int | None = None) -> Iterator[World]:
         yield _world
         return
     with _told_to_torchrun():
-        there = launched()
+        there = world_from_env()
         if expected not in (None, there.size):
             raise StocktakeError(
                 f"--training.world_size {expected}, but {there.size} process{'es were' * (there.size > 1)}"
@@ -121,7 +121,7 @@ def joined(*, timeout: float, expected: int | None = None) -> Iterator[World]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def with_root_cause() -> Iterator[None]:
     """Turn an exception that is only a consequence into the RankFailedError that names its cause.
 
     For blocks that tell somebody about their exception before `joined` sees it.
@@ -135,7 +135,7 @@ def explained() -> Iterator[None]:
 
 
 @contextmanager
-def leaders_first() -> Iterator[None]:
+def local_rank_zero_first() -> Iterator[None]:
     """The block is run by one process of each machine, then by the others.
 
     Raises:
@@ -153,11 +153,11 @@ def leaders_first() -> Iterator[None]:
     _group.meet()
 
 
-def from_first(compute: Callable[[], T]) -> T:
+def run_on_rank_zero(compute: Callable[[], T]) -> T:
     """What `compute` gives on the first process, for all; the others wait for it as long as it takes."""
     if _group is None:
         return compute()
-    value = compute() if is_first() else None
+    value = compute() if is_rank_zero() else None
     _group.meet()
     given: T = broadcast(value)  # type: ignore[assignment]
     return given

@@ -44,7 +44,7 @@ class JobFailedError(StocktakeError):
         self.exit_code = exit_code
 
 
-def launched() -> World:
+def world_from_env() -> World:
     """The world as torchrun put it into the environment, whether or not it was joined.
 
     Raises:
@@ -97,7 +97,7 @@ def choose_backend(processes: int) -> str:
     return "nccl"
 
 
-def is_told() -> bool:
+def error_recorded() -> bool:
     """Whether this process's error lies where `stocktake ddp` reads it, who tells it in one line for all of them."""
     return LAUNCHER in os.environ and Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).is_file()
 

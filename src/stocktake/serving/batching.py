@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from stocktake.bins.images import FORMATS, PhotoError
+from stocktake.data.images import FORMATS, PhotoError
 from stocktake.machine import cores
-from stocktake.serving.counter import Count, Counter
+from stocktake.serving.predictor import Prediction, Predictor
 from stocktake.serving.settings import ServerSettings
 
 MOST_PIXELS = 16_000_000
@@ -32,7 +32,7 @@ MANY_PIXELS = 2_000_000
 MOST_SCANS = 100
 """Of a progressive JPEG, which has about ten. Each costs the decoder a pass over all pixels."""
 
-Outcome = Count | PhotoError
+Outcome = Prediction | PhotoError
 
 
 class QueueFullError(Exception):
@@ -62,7 +62,7 @@ _Settled = tuple[_Work, int, "Outcome | Exception | None"]
 class Batcher:
     """Counts photos for one event loop. Its threads end with the process, or with `close`."""
 
-    def __init__(self, counter: Counter, settings: ServerSettings, observe: Callable[[int], None]) -> None:
+    def __init__(self, counter: Predictor, settings: ServerSettings, observe: Callable[[int], None]) -> None:
         """Start the threads.
 
         Args:
@@ -197,7 +197,7 @@ class Batcher:
     def _settle(self, settled: Sequence[_Settled]) -> None:
         for work, place, outcome in settled:
             self.pending -= 1
-            if isinstance(outcome, Count | PhotoError):
+            if isinstance(outcome, Prediction | PhotoError):
                 work.settle(place, outcome)
             elif not work.future.done():
                 work.future.set_exception(outcome or RuntimeError("a photo was dropped"))

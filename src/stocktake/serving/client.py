@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-from stocktake.bins.images import PhotoError
+from stocktake.data.images import PhotoError
 from stocktake.errors import StocktakeError
-from stocktake.serving.counter import Count
+from stocktake.serving.predictor import Prediction
 
 _BROKEN = (http.client.RemoteDisconnected, http.client.BadStatusLine, ConnectionResetError, BrokenPipeError)
 
@@ -43,7 +43,7 @@ class Client:
         self._seconds = seconds
         self._idle: list[http.client.HTTPConnection] = []  # a connection is for one thread at a time
 
-    def count(self, photo: bytes) -> Count:
+    def count(self, photo: bytes) -> Prediction:
         """What the server says of one photo.
 
         Raises:
@@ -62,10 +62,10 @@ class Client:
                 raise StocktakeError(f"{self.address} answers with status {status} ({reason}): see its log")
             time.sleep(wait)
 
-    def count_all(self, photos: Iterable[bytes], at_once: int = 4) -> Iterator[Count | PhotoError]:
+    def count_all(self, photos: Iterable[bytes], at_once: int = 4) -> Iterator[Prediction | PhotoError]:
         """The answers in order; a photo that cannot be used has its reason in its place. Errors as `count`."""
 
-        def one(photo: bytes) -> Count | PhotoError:
+        def one(photo: bytes) -> Prediction | PhotoError:
             try:
                 return self.count(photo)
             except PhotoError as error:
@@ -97,10 +97,10 @@ class Client:
             return answer.status, float(wait) if wait.isdecimal() else 1.0, body
 
 
-def _count_of(body: bytes, address: str) -> Count:
+def _count_of(body: bytes, address: str) -> Prediction:
     try:
         answer: dict[str, Any] = json.loads(body)
-        return Count(
+        return Prediction(
             quantity=int(answer["quantity"]),
             confidence=float(answer["confidence"]),
             probabilities={int(quantity): float(share) for quantity, share in answer["probabilities"].items()},

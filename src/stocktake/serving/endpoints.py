@@ -204,14 +204,14 @@ def _there(folder: Path) -> None:
 
 def _with_model(folder: Path, wanted: Deployment, model: Path) -> Deployment:
     """The deployment with a copy of the model of its own: what the given folder holds later does not matter."""
-    from stocktake.serving.counter import exported_folder
+    from stocktake.serving.predictor import exported_folder
 
     exported = exported_folder(model)
     copy = folder / "model" / str(wanted.generation)
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
-        for name in ("counter.json", "counter.onnx"):
+        for name in ("model.json", "counter.onnx"):
             shutil.copyfile(exported / name, copy / name)
         if (model / "registered_model_meta").exists():
             shutil.copyfile(model / "registered_model_meta", copy / "registered_model_meta")

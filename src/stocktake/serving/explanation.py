@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from stocktake.serving.counter import Counter
+from stocktake.serving.predictor import Predictor
 
 GRID = 8
 """Cells along a side."""
 _PAGE = Path(__file__).with_name("page.html")
 
 
-def occlusion(counter: Counter, prepared: npt.NDArray[np.uint8], batch: int) -> tuple[int, npt.NDArray[np.float64]]:
+def occlusion(counter: Predictor, prepared: npt.NDArray[np.uint8], batch: int) -> tuple[int, npt.NDArray[np.float64]]:
     """The quantity counted, and (GRID, GRID): by how much its probability falls without each part of the photo.
 
     A part is a cell and half of each of its neighbours, painted in the photo's mean colour: parts that overlap show
@@ -25,7 +25,7 @@ def occlusion(counter: Counter, prepared: npt.NDArray[np.uint8], batch: int) -> 
 
     Args:
         counter: the model.
-        prepared: (size, size, 3), as `Counter.prepare` gives it.
+        prepared: (size, size, 3), as `Predictor.prepare` gives it.
         batch: photos of a forward pass at most.
     """
     whole = counter.probabilities(prepared[None])[0]

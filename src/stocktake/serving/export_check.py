@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stocktake.errors import StocktakeError
-from stocktake.serving.counter import ENGINES, Counter, Engine, Precision
+from stocktake.serving.predictor import ENGINES, Engine, Precision, Predictor
 
 PHOTOS = 64
 """How many photos an export is checked on."""
@@ -46,7 +46,7 @@ def check_export(
 ) -> list[EngineCheck]:
     """Hold an export to the probabilities of its checkpoint, with every engine that is installed.
 
-    Writes into counter.json what was found as `check`, as `precision` bf16 if OpenVINO may compute with it, and as
+    Writes into model.json what was found as `check`, as `precision` bf16 if OpenVINO may compute with it, and as
     `engine` the only one that can load the graph, where another cannot.
 
     Args:
@@ -56,7 +56,7 @@ def check_export(
         expected: (n, K) calibrated probabilities of the checkpoint.
 
     Raises:
-        StocktakeError: an engine answers otherwise in f32, or none can load it. counter.json says then that the check
+        StocktakeError: an engine answers otherwise in f32, or none can load it. model.json says then that the check
             was not passed.
     """
     checks, unusable = {}, {}
@@ -75,7 +75,7 @@ def check_export(
         if fast.engine.endswith("bf16"):  # else the processor cannot, and it was f32 again
             found.append(fast)
             precision = "bf16" if fast.passed else "f32"
-    path = folder / "counter.json"
+    path = folder / "model.json"
     described = {check.engine: {**asdict(check), "passed": check.passed} for check in found}
     check = {"passed": passed, "photos": len(ids), "engines": described, "unusable": unusable}
     only = {"engine": next(iter(checks))} if unusable else {}
@@ -100,7 +100,7 @@ def _compare(
     prepared: npt.NDArray[np.uint8],
     expected: npt.NDArray[np.float64],
 ) -> EngineCheck:
-    counter = Counter(folder, engine=engine, precision=precision, threads=2)
+    counter = Predictor(folder, engine=engine, precision=precision, threads=2)
     found = np.concatenate([counter.probabilities(part) for part in np.array_split(prepared, -(-len(prepared) // 16))])
     tolerance = TOLERANCES["bf16" if counter.engine.endswith("bf16") else "f32"]
     likeliest = np.sort(expected, axis=1)

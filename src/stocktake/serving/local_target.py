@@ -25,7 +25,7 @@ from mlflow.protos.databricks_pb2 import (
     RESOURCE_DOES_NOT_EXIST,
 )
 
-from stocktake.bins.images import PhotoError
+from stocktake.data.images import PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client

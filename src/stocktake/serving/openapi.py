@@ -73,7 +73,7 @@ def document(version: str) -> dict[str, Any]:
     bodies |= {media: {"schema": {"type": "string"}} for media in LINES_TYPES}
     refusals = {str(status): _answer(reason, _ERROR) for status, reason in _REASONS.items()}
     counting = {
-        "summary": "Count the items in photos",
+        "summary": "Prediction the items in photos",
         "requestBody": {"required": True, "content": bodies},
         "responses": {"200": {"description": "counts", "content": {JSON: {"schema": answers}, **lines}}, **refusals},
     }

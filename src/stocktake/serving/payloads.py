@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from stocktake.serving.counter import Count
+from stocktake.serving.predictor import Prediction
 
 Form = Literal["one", "list", "lines"]
 PHOTO_TYPES = ("image/jpeg", "image/png", "image/webp", "application/x-image", "application/octet-stream")
@@ -111,7 +111,7 @@ def accepted(accept: str | None, form: Form) -> str:
     return chosen
 
 
-def write(answers: Sequence[Count | RequestError], form: Form, media: str) -> bytes:
+def write(answers: Sequence[Prediction | RequestError], form: Form, media: str) -> bytes:
     """The answer's body: an object for one photo, {"predictions": [...]} for a list, a line a line for lines."""
     documents = [document(answer) for answer in answers]
     if media == LINES:
@@ -119,7 +119,7 @@ def write(answers: Sequence[Count | RequestError], form: Form, media: str) -> by
     return encoded(documents[0] if form == "one" else {"predictions": documents})
 
 
-def document(answer: Count | RequestError) -> dict[str, Any]:
+def document(answer: Prediction | RequestError) -> dict[str, Any]:
     """One answer, ready for JSON."""
     if isinstance(answer, RequestError):
         return answer.document()

@@ -20,7 +20,7 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
-from stocktake.serving.counter import ENGINES, Counter
+from stocktake.serving.predictor import ENGINES, Predictor
 
 COLUMN = "photo"
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow")
@@ -45,7 +45,7 @@ class CountingPyfunc(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load the exported model."""
-        self._counter = Counter(Path(context.artifacts["counter"]))
+        self._counter = Predictor(Path(context.artifacts["counter"]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """A row a photo: quantity, confidence, probabilities (in the order of the labels), quantities (the conformal
@@ -68,11 +68,11 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
     """Write the MLflow model of an exported folder.
 
     Args:
-        exported: folder with counter.onnx and counter.json.
+        exported: folder with counter.onnx and model.json.
         destination: the model folder to write; must not exist.
         example: bytes of a photo, for the input example.
     """
-    engine = json.loads((exported / "counter.json").read_text()).get("engine") or ENGINES[0]
+    engine = json.loads((exported / "model.json").read_text()).get("engine") or ENGINES[0]
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for talkative in ("mlflow.utils.environment", "mlflow.pyfunc"):  # one misses pip in an environment of uv's
         logging.getLogger(talkative).setLevel(logging.ERROR)

@@ -18,11 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn import Config
 
-from stocktake.bins.images import PhotoError
+from stocktake.data.images import PhotoError
 from stocktake.serving.batching import Batcher, Outcome, QueueFullError
-from stocktake.serving.counter import Count, Counter
 from stocktake.serving.explanation import occlusion, page
-from stocktake.serving.observation import Metrics, Observed, RequestLog
 from stocktake.serving.openapi import document
 from stocktake.serving.payloads import (
     JSON,
@@ -37,8 +35,10 @@ from stocktake.serving.payloads import (
     read,
     write,
 )
+from stocktake.serving.predictor import Prediction, Predictor
 from stocktake.serving.protocol import KEEP_ALIVE_SECONDS, Connection, DrainingServer
 from stocktake.serving.settings import MEBIBYTE, ServerSettings
+from stocktake.serving.telemetry import Metrics, Observed, RequestLog
 
 HELD_BYTES = 64 * MEBIBYTE
 """Of all the bodies that a worker holds at once, unless one request may be half as large; beyond it is busy."""
@@ -51,7 +51,9 @@ LEFT = 499
 _BUSY = {"retry-after": "1"}
 
 
-def run_worker(counter: Counter, settings: ServerSettings, listener: socket.socket, ready: Callable[[], None]) -> None:
+def run_worker(
+    counter: Predictor, settings: ServerSettings, listener: socket.socket, ready: Callable[[], None]
+) -> None:
     """Serve until SIGTERM or SIGINT; then answer what has begun and return. For a process's main thread.
 
     Args:
@@ -83,7 +85,7 @@ def run_worker(counter: Counter, settings: ServerSettings, listener: socket.sock
     server.run([listener])
 
 
-def create_app(counter: Counter, settings: ServerSettings) -> Starlette:
+def create_app(counter: Predictor, settings: ServerSettings) -> Starlette:
     """The application; `app.state.service` is what answers."""
     service = Service(counter, settings)
     routes = [
@@ -109,7 +111,7 @@ def create_app(counter: Counter, settings: ServerSettings) -> Starlette:
 class Service:
     """One worker's model, queue and figures."""
 
-    def __init__(self, counter: Counter, settings: ServerSettings) -> None:
+    def __init__(self, counter: Predictor, settings: ServerSettings) -> None:
         self._counter, self._settings = counter, settings
         self._most_held = max(HELD_BYTES, 2 * settings.max_request_bytes)
         self._held = 0
@@ -173,7 +175,7 @@ class Service:
         """POST /explain: a photo in; the quantity, and by how much its probability falls without each part, out."""
         media = media_type(request.headers.get("content-type"), request.headers.get("content-encoding"))
         if media not in PHOTO_TYPES:
-            raise RequestError(415, f"content-type {media} is not explained: send one photo")
+            raise RequestError(415, f"content-type {media} is not with_root_cause: send one photo")
         if self._explaining >= MOST_EXPLANATIONS:
             raise RequestError(503, "too many explanations are asked for: try again later", _BUSY)
         self._explaining += 1
@@ -247,7 +249,7 @@ class Service:
         finally:
             leaving.cancel()
             self.measured.pending(self._batcher.pending)
-        self.measured.counted(outcome for outcome in outcomes if isinstance(outcome, Count))
+        self.measured.counted(outcome for outcome in outcomes if isinstance(outcome, Prediction))
         return outcomes
 
 
@@ -257,10 +259,10 @@ async def _cancel_if_left(request: Request, answer: asyncio.Future[list[Outcome]
     answer.cancel()
 
 
-def _merged(payload: Payload, outcomes: Sequence[Outcome]) -> list[Count | RequestError]:
+def _merged(payload: Payload, outcomes: Sequence[Outcome]) -> list[Prediction | RequestError]:
     """The answers in the order of the request; a bad photo that has no line of its own refuses the request."""
     left: Iterator[Outcome] = iter(outcomes)
-    answers: list[Count | RequestError] = []
+    answers: list[Prediction | RequestError] = []
     for number, photo in enumerate(payload.photos, 1):
         outcome = photo if isinstance(photo, RequestError) else next(left)
         if isinstance(outcome, PhotoError):

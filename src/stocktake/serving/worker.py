@@ -27,11 +27,11 @@ def main() -> None:
     line = socket.socket(fileno=order["line"])
     threading.Thread(target=_end_with_the_supervisor, args=(line,), daemon=True).start()
     try:
-        from stocktake.serving.counter import Counter
+        from stocktake.serving.predictor import Predictor
         from stocktake.serving.server import run_worker
 
         settings = ServerSettings(**order["settings"])
-        counter = Counter(Path(order["model"]), threads=settings.threads, version=order["version"])
+        counter = Predictor(Path(order["model"]), threads=settings.threads, version=order["version"])
         listener = socket.socket(fileno=order["listener"])
         run_worker(counter, settings, listener, lambda: line.sendall(READY + counter.version.encode() + b"\n"))
     except Exception as error:

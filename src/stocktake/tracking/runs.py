@@ -28,7 +28,7 @@ from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import given_uri, redact, resolve, without_credentials
 from stocktake.tracking.connection import Connection
-from stocktake.tracking.folder import FAILED, FINISHED, KILLED, DatasetRecord, RunFolder
+from stocktake.tracking.local_store import FAILED, FINISHED, KILLED, DatasetRecord, LocalRun
 
 __all__ = ["DatasetRecord", "NullRun", "Run", "TrackedRun", "start_run"]
 
@@ -64,14 +64,14 @@ class TrackedRun:
     Nothing here raises because of a tracking server.
     """
 
-    def __init__(self, run_folder: RunFolder, connection: Connection | None, *, system_metrics: bool) -> None:
+    def __init__(self, run_folder: LocalRun, connection: Connection | None, *, system_metrics: bool) -> None:
         self.run_folder = run_folder
         self.folder = run_folder.path
         self.artifacts = run_folder.path / "artifacts"
         self._connection = connection
         self._system_metrics = system_metrics
         self._flushed = time.monotonic()
-        self._ended_children: list[RunFolder] = []
+        self._ended_children: list[LocalRun] = []
 
     @property
     def run_id(self) -> str | None:
@@ -134,7 +134,7 @@ class TrackedRun:
             return
         if not last and not connection.due():
             return
-        from stocktake.tracking.mirror import MirrorError, upload
+        from stocktake.tracking.uploader import UploadError, upload
 
         for attempt in range(_LAST_ATTEMPTS if last else 1):
             try:
@@ -143,7 +143,7 @@ class TrackedRun:
                         upload(folder, connection)
                 self._ended_children = []
                 connection.succeeded()
-            except (MirrorError, StocktakeError) as error:
+            except (UploadError, StocktakeError) as error:
                 connection.failed()
                 connection.warn(error, self.folder.parent.parent)
                 if last and attempt + 1 < _LAST_ATTEMPTS and connection.trouble() is None:
@@ -190,9 +190,9 @@ class NullRun:
         yield self
 
 
-def _create_below(parent: RunFolder, name: str) -> RunFolder:
+def _create_below(parent: LocalRun, name: str) -> LocalRun:
     state = parent.state
-    return RunFolder.create(
+    return LocalRun.create(
         parent.path.parent,
         name=name,
         experiment=state.experiment,
@@ -239,11 +239,11 @@ def start_run(
         # Offline, the default store is left open: where the folder is uploaded from may be another machine.
         is_known = connection is not None or given_uri(tracking) is not None
         if reopen is not None:
-            folder = RunFolder.reopen(reopen)
+            folder = LocalRun.reopen(reopen)
         elif parent is not None:
-            folder = _create_below(RunFolder.open(parent), name)
+            folder = _create_below(LocalRun.open(parent), name)
         else:
-            folder = RunFolder.create(
+            folder = LocalRun.create(
                 workspace / "runs",
                 name=tracking.run_name or name,
                 experiment=tracking.experiment,
@@ -276,7 +276,7 @@ def _begin(run: TrackedRun, connection: Connection | None) -> None:
     """Create the MLflow run. Unlike later, trouble is said here, before any work is lost."""
     if connection is None:
         return
-    from stocktake.tracking.mirror import MirrorError, holds_run, upload
+    from stocktake.tracking.uploader import UploadError, holds_run, upload
 
     attach = run.run_folder.state.attach_run_id
     try:
@@ -285,7 +285,7 @@ def _begin(run: TrackedRun, connection: Connection | None) -> None:
                 f"MLFLOW_RUN_ID is {attach}, which {connection.shown} does not have: unset it or correct --tracking.uri"
             )
         upload(run.run_folder, connection)
-    except MirrorError as error:
+    except UploadError as error:
         raise StocktakeError(
             f"cannot start a run in {connection.shown} ({error}): correct --tracking.uri, or pass --tracking.offline"
             " true and run `stocktake sync` later"

@@ -98,14 +98,14 @@ class WithinEpoch(Callback):
             return
         if (index + 1) % trainer.accumulate_grad_batches:
             return  # gradients are not in a checkpoint
-        is_due = ranks.is_first() and 0 < self._seconds <= time.monotonic() - self._written
+        is_due = ranks.is_rank_zero() and 0 < self._seconds <= time.monotonic() - self._written
         device = module.device if ranks.world().size > 1 else "cpu"  # alone, no step waits for the GPU
         wishes = torch.tensor([self._is_told, is_due], dtype=torch.float32, device=device)
-        is_told, is_due = (mean_over_ranks(wishes) > 0).tolist()
-        if is_told or is_due:
+        error_recorded, is_due = (mean_over_ranks(wishes) > 0).tolist()
+        if error_recorded or is_due:
             trainer.save_checkpoint(self._last)
             self._written = time.monotonic()
-        if is_told:
+        if error_recorded:
             self._end()
 
     def on_validation_end(self, _trainer: Trainer, _module: LightningModule) -> None:
@@ -145,12 +145,12 @@ def everywhere(file: Path, exists: bool, workspace: Path) -> Iterator[Path | Non
     if not exists:
         yield None
         return
-    digest = ranks.from_first(lambda: _digest(file))
+    digest = ranks.run_on_rank_zero(lambda: _digest(file))
     has_it = file.is_file() and _digest(file) == digest
     if all(ranks.gather(has_it)):
         yield file
         return
-    content = ranks.from_first(file.read_bytes)
+    content = ranks.run_on_rank_zero(file.read_bytes)
     if has_it:
         yield file
         return

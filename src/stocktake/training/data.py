@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from stocktake.bins.array_cache import ArrayCache
-from stocktake.bins.manifest import Manifest
+from stocktake.data.array_cache import ArrayCache
+from stocktake.data.manifest import Manifest
 
 Augment = Literal["none", "flip", "full"]
 

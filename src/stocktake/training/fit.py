@@ -23,9 +23,9 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment  # ty
 from pytorch_lightning.strategies import DDPStrategy
 
 from stocktake import ranks
-from stocktake.bins.array_cache import ArrayCache
-from stocktake.bins.manifest import Manifest
 from stocktake.config import FinetuneConfig
+from stocktake.data.array_cache import ArrayCache
+from stocktake.data.manifest import Manifest
 from stocktake.errors import StocktakeError
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
@@ -50,7 +50,7 @@ EpochVerdict = Callable[[Mapping[str, float], int], bool]
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What a training found."""
 
     best_epoch: int
@@ -69,7 +69,7 @@ def fit(
     *,
     checkpoints: Path,
     on_epoch: EpochVerdict,
-) -> Fitted:
+) -> FitResult:
     """Train `model` in place and leave it at the weights of its best epoch on val.
 
     The processes of a distributed job call this together, with the same arguments; each trains on its share of every
@@ -120,8 +120,8 @@ def fit(
     last = Checkpoint(checkpoints, "last", enable_version_counter=False)
     early = EarlyStopping(MONITORED, mode="max", patience=config.training.patience)
     within = WithinEpoch(checkpoints / LAST, config.training.checkpoint_minutes)
-    line = EpochLine(on_epoch, config.lr)
-    callbacks: list[Callback] = [LastStep(config.training.max_steps), within, line, early, best, last]
+    line = EpochLogger(on_epoch, config.lr)
+    callbacks: list[Callback] = [MaxStepsCallback(config.training.max_steps), within, line, early, best, last]
     is_shown = shown() and world.rank == 0
     if is_shown:
         callbacks.append(TQDMProgressBar(leave=False))
@@ -141,17 +141,17 @@ def fit(
         default_root_dir=checkpoints,
         **_devices(world, config, is_synchronised),
     )
-    has_earlier = ranks.from_first(lambda: is_resumable(checkpoints / LAST, config))
+    has_earlier = ranks.run_on_rank_zero(lambda: is_resumable(checkpoints / LAST, config))
     with (
         everywhere(checkpoints / LAST, has_earlier, Path(config.workspace)) as resumed,
         synchronised(model, world.backend or "") if is_synchronised else nullcontext(),
         _interruptible(),
     ):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    best_epoch, weights = ranks.from_first(lambda: best_weights(checkpoints / BEST))
+    best_epoch, weights = ranks.run_on_rank_zero(lambda: best_weights(checkpoints / BEST))
     model.load_state_dict(weights)
     model.lay_out(True).eval()
-    return Fitted(
+    return FitResult(
         best_epoch=best_epoch,
         epochs=int(trainer.current_epoch),
         best_val_macro_f1=float(best.best_model_score or 0.0),
@@ -178,7 +178,7 @@ def _devices(world: ranks.World, config: FinetuneConfig, is_synchronised: bool) 
     }
 
 
-class LastStep(Callback):
+class MaxStepsCallback(Callback):
     """Ends a training of `max_steps` with a validation, wherever in an epoch that is; Lightning alone skips it."""
 
     def __init__(self, max_steps: int) -> None:
@@ -190,7 +190,7 @@ class LastStep(Callback):
             trainer.should_stop = True
 
 
-class EpochLine(Callback):
+class EpochLogger(Callback):
     """Prints an epoch's line in the first seed's form, from which a SageMaker tuner reads its objective.
 
     The first process prints it and asks for the verdict; all of them follow it.
@@ -233,7 +233,7 @@ class EpochLine(Callback):
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         figures["epoch_seconds"] = time.monotonic() - self._started
         epoch = trainer.current_epoch + 1
-        if ranks.from_first(lambda: self._tell(figures, epoch)):
+        if ranks.run_on_rank_zero(lambda: self._tell(figures, epoch)):
             trainer.should_stop = True
 
     def _tell(self, figures: dict[str, float], epoch: int) -> bool:

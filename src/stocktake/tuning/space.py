@@ -25,10 +25,9 @@ import yaml
 from optuna.trial import BaseTrial
 
 from stocktake.errors import StocktakeError
-from stocktake.tuning.settings import (
+from stocktake.tuning.config_overrides import (
     FIXED,
     Scalar,
-    configure,
     finite_number,
     fit_value,
     means,
@@ -36,6 +35,7 @@ from stocktake.tuning.settings import (
     single,
     takes,
     type_in_words,
+    with_overrides,
     yaml_word,
 )
 
@@ -381,7 +381,7 @@ class _Reading:
 
     def try_out(self, name: str, setting: str, value: Any, chosen: Mapping[str, Any]) -> None:
         try:
-            configure(self.config, {**chosen, setting: value})
+            with_overrides(self.config, {**chosen, setting: value})
         except StocktakeError as error:
             raise StocktakeError(f"{self.origin}: {name}: {error}") from None
 

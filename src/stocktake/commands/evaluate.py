@@ -1,0 +1,83 @@
+"""`stocktake evaluate`: a registered or saved model on a split of any root, as it would be served."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from stocktake.commands.stage_runs import dataset_record, prediction_table, print_test_lines
+from stocktake.config import EvaluateConfig
+from stocktake.data.manifest import build_manifest
+from stocktake.data.photos import prepare_photos
+from stocktake.data.task import parse_task
+from stocktake.errors import StocktakeError
+from stocktake.evaluation.calibration import Calibration
+from stocktake.evaluation.report import write_report
+from stocktake.progress import progress
+from stocktake.registry.models import fetch_model, pinned
+from stocktake.registry.versions import version_label
+from stocktake.serving.predictor import FOLDER, Predictor
+from stocktake.tracking.runs import start_run
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Count every bin of the split with the exported model and log the figures as a run.
+
+    Returns:
+        `<split>/...` metrics with intervals.
+    """
+    address = pinned(config.model, config.tracking)  # the alias may move meanwhile
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = fetch_model(address, Path(temporary) / "model", config.tracking)
+        counter = Predictor(folder / "artifacts" / FOLDER, threads=2)
+    labels = parse_task(config.task)
+    if counter.labels != labels:
+        raise StocktakeError(
+            f"--task {config.task} does not fit {config.model}: give its own, {counter.labels[0]}-{counter.labels[-1]}"
+        )
+    manifest = build_manifest(config)
+    bins = manifest.split(config.on)
+    if bins.empty:
+        raise StocktakeError(f"the {config.on} split of {manifest.source.root} is empty: choose another with --on")
+    photos = prepare_photos(manifest.source, bins, counter.size, Path(config.workspace))
+    tags = {
+        "stage": "evaluate",
+        "task": config.task,
+        "data.root": manifest.source.root,
+        "data.fingerprint": manifest.fingerprint,
+        "model": config.model,
+        "on": config.on,
+    }
+    if (version := version_label(address, config.tracking)) is not None:
+        tags["model.version"] = version
+    with start_run(config.tracking, workspace=Path(config.workspace), name="evaluate", tags=tags) as run:
+        run.log_params({"model": config.model, "on": config.on, "task": config.task, "seed": config.seed})
+        run.log_dataset(dataset_record(manifest), "evaluation")
+        parts = []
+        with progress("counting", len(bins)) as advance:
+            for start in range(0, len(bins), config.batch_size):
+                hashes = bins["hash"].iloc[start : start + config.batch_size].tolist()
+                parts.append(counter.probabilities(photos.read(hashes)))
+                advance(len(hashes))
+        predictions = prediction_table(bins, np.concatenate(parts), labels)
+        title = f"{config.model}, {config.on} split"
+        metrics = write_report(
+            run.artifacts / "evaluation",
+            predictions,
+            labels,
+            split=config.on,
+            title=title,
+            seed=config.seed,
+            calibration=Calibration.read(counter.description["calibration"]),
+        )
+        run.log_metrics(metrics)
+    print_test_lines(metrics, predictions, labels, config.on)
+    low, high = metrics[f"{config.on}/macro_f1_low"], metrics[f"{config.on}/macro_f1_high"]
+    print(
+        f"{config.model} on {len(bins)} {config.on} bins of {manifest.source.root}: "
+        f"macro-F1 {metrics[f'{config.on}/macro_f1']:.3f} [{low:.3f}, {high:.3f}], "
+        f"accuracy {metrics[f'{config.on}/accuracy']:.3f}, RMSE {metrics[f'{config.on}/rmse']:.3f}"
+    )
+    return metrics

@@ -1,0 +1,122 @@
+"""`stocktake finetune`: train the whole network, stop early, keep the best checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from stocktake import ranks
+from stocktake.commands.stage_runs import PreparedData, StageResult, evaluate_and_log, prepare_data, stage_run
+from stocktake.config import FinetuneConfig
+from stocktake.errors import StocktakeError
+from stocktake.evaluation.figures import plot_curves
+from stocktake.models.inference import pick_device
+from stocktake.models.network import NetworkModel, create_network
+from stocktake.models.precision import choose_precision
+from stocktake.tracking.runs import TrackedRun
+from stocktake.training.checkpoints import LAST
+from stocktake.training.fit import EpochVerdict, FitResult, fit
+
+LR_RULE = "lr belongs to the global batch: it is the same for any number of processes"
+
+
+def finetune(
+    config: FinetuneConfig,
+    prepared: PreparedData | None = None,
+    parent: TrackedRun | None = None,
+    should_stop: EpochVerdict | None = None,
+) -> StageResult:
+    """Train, evaluate and log; alone, as a rung of a ladder, or as one of the processes that torchrun has started.
+
+    Several processes have one run, of the first one, which alone is asked `should_stop` after each epoch.
+    """
+    with ranks.joined(timeout=config.training.collective_timeout, expected=config.training.world_size) as world:
+        stage = "ddp" if world.size > 1 else "finetune"
+        prepared = prepared or prepare_data(config)
+        with stage_run(config, FinetuneConfig, prepared, stage, parent) as (run, began):
+            model, fitted = train_network(run, config, prepared, should_stop)
+            metrics = evaluate_and_log(
+                run, model, config, prepared, step=fitted.epochs + 1, batch_size=config.batch_size
+            )
+    return StageResult(stage, metrics, run, time.monotonic() - began, config.backbone)
+
+
+def train_network(
+    run: TrackedRun, config: FinetuneConfig, prepared: PreparedData, should_stop: EpochVerdict | None = None
+) -> tuple[NetworkModel, FitResult]:
+    """Train on the train split and leave the network at its best epoch on val.
+
+    A last.ckpt in the run's folder is gone on from. `should_stop` is told each epoch's figures and its number from 1,
+    and may end the training. The processes of a distributed job call this together; the first one's `run` and
+    `should_stop` count.
+    """
+    manifest = prepared.manifest
+    world = ranks.world()
+    if world.size > 1:
+        _log_world(run, config, world)
+    checkpoints = ranks.run_on_rank_zero(lambda: _checkpoints(run, config, manifest.fingerprint))
+    model = create_network(manifest.labels, config.image_size, config.backbone, config.weights, seed=config.seed)
+    precision = ranks.run_on_rank_zero(
+        lambda: choose_precision(model, "train", config.precision, pick_device(), Path(config.workspace))
+    )
+    run.set_tags({"precision": str(precision)})
+    epochs: list[dict[str, float]] = []
+
+    def on_epoch(figures: Mapping[str, float], epoch: int) -> bool:
+        run.log_metrics(figures, step=epoch)
+        epochs.append({"epoch": float(epoch), **figures})
+        return should_stop is not None and should_stop(figures, epoch)
+
+    fitted = fit(model, manifest, prepared.photos, config, precision, checkpoints=checkpoints, on_epoch=on_epoch)
+    run.log_metrics({"best_epoch": fitted.best_epoch, "epochs": fitted.epochs}, step=fitted.epochs)
+    if epochs:
+        plot_curves(pd.DataFrame(epochs), run.artifacts / "curves.png")
+    return model, fitted
+
+
+def _log_world(run: TrackedRun, config: FinetuneConfig, world: ranks.World) -> None:
+    run.set_tags({"world_size": world.size, "backend": world.backend, "nodes": world.nodes})
+    run.log_params(
+        {
+            "global_batch": config.batch_size,
+            "batch_per_process": config.batch_size // world.size,
+            "threads_per_process": torch.get_num_threads(),
+            "lr_rule": LR_RULE,
+        }
+    )
+
+
+def _checkpoints(run: TrackedRun, config: FinetuneConfig, fingerprint: str) -> Path:
+    """Where the checkpoints of this training lie."""
+    checkpoints = run.folder / "checkpoints"
+    if config.resume:
+        checkpoints = resumed_checkpoints(Path(config.resume), fingerprint)
+        run.set_tags({"resumed_from": config.resume})
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (checkpoints / DATA).write_text(fingerprint)
+    return checkpoints
+
+
+DATA = "data-fingerprint"
+
+
+def resumed_checkpoints(folder: Path, fingerprint: str) -> Path:
+    """The checkpoints of an earlier run's folder.
+
+    Raises:
+        StocktakeError: there are none, or they were made from other bins or splits.
+    """
+    checkpoints = folder / "checkpoints"
+    if not (checkpoints / LAST).exists():
+        raise StocktakeError(f"--resume {folder}: there is no checkpoints/{LAST} in it; give the folder of a run")
+    data = (checkpoints / DATA).read_text() if (checkpoints / DATA).exists() else ""
+    if data != fingerprint:
+        raise StocktakeError(
+            f"--resume {folder}: it was trained on other data (fingerprint {data or 'unknown'}, now {fingerprint}): "
+            "give the same --root, --task, --list and --split"
+        )
+    return checkpoints

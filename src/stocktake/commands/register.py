@@ -1,0 +1,31 @@
+"""`stocktake register`: a finished run's model becomes a version, with the alias candidate and a model card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stocktake.config import RegisterConfig
+from stocktake.errors import StocktakeError
+from stocktake.registry.model_card_data import try_to_publish_card
+from stocktake.registry.models import CANDIDATE
+from stocktake.registry.registration import register_run
+from stocktake.registry.versions import ModelRegistry, Version
+
+
+def register(config: RegisterConfig) -> Version:
+    """Register a run's model; the same run is the same version again.
+
+    Raises:
+        StocktakeError: no such run, it has not finished, or has no model.
+    """
+    os.environ.pop("MLFLOW_RUN_ID", None)  # a registration is no run
+    if not config.run:
+        raise StocktakeError("--run is missing: give the id, the name or the folder of a finished run")
+    registry = ModelRegistry(config.tracking)
+    with registry.opened():
+        version = register_run(registry, config.run, Path(config.workspace) / "runs")
+        print(f"candidate: {version.label} ({version.tags.get('stage', '?')}), models:/{registry.name}@{CANDIDATE}")
+        if (page := try_to_publish_card(registry, version, Path(config.workspace))) is not None:
+            print(f"model card: {page}", flush=True)
+        return version

@@ -1,0 +1,377 @@
+"""What every rung of the ladder does alike: its run, its figures, its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import yaml
+
+from stocktake import ranks
+from stocktake.aws.request import ROOT
+from stocktake.config import ImageConfig, TrackingConfig
+from stocktake.data.array_cache import ArrayCache
+from stocktake.data.manifest import Manifest, build_manifest
+from stocktake.data.photos import prepare_photos
+from stocktake.data.splits import Split
+from stocktake.errors import StocktakeError
+from stocktake.evaluation.calibration import Calibration, fit_calibration
+from stocktake.evaluation.metrics import confusion_matrix
+from stocktake.evaluation.report import write_report
+from stocktake.models.checkpoint import save_model
+from stocktake.models.counting_model import CountingModel
+from stocktake.models.export import export_model
+from stocktake.models.inference import pick_device, predict
+from stocktake.serving.predictor import FOLDER
+from stocktake.tracking.local_store import FAILED, FINISHED, KILLED, RUNNING, DatasetRecord, LocalRun
+from stocktake.tracking.runs import NullRun, TrackedRun, start_run
+from stocktake.tracking.sync import end_run
+
+MODEL = "model"
+_JOB = "ddp.job"
+_LOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What the rungs of one ladder share."""
+
+    manifest: Manifest
+    photos: ArrayCache
+    """Every photo of the manifest, at the config's size."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished model."""
+
+    stage: str
+    metrics: dict[str, float]
+    run: TrackedRun
+    seconds: float
+    backbone: str | None
+
+
+def prepare_data(config: ImageConfig) -> PreparedData:
+    """The manifest and its prepared photos; tells what the bins are.
+
+    Raises:
+        StocktakeError: bins, task or workspace cannot be used, or a quantity has no bin to learn from.
+    """
+    with ranks.local_rank_zero_first():
+        manifest = build_manifest(config)
+        manifest.require_train_classes()
+        if ranks.is_rank_zero():
+            _tell(manifest, config.task)
+        photos = prepare_photos(manifest.source, manifest.bins, config.image_size, Path(config.workspace))
+    fingerprints = ranks.gather(manifest.fingerprint)
+    if len(set(fingerprints)) > 1:
+        other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
+        raise StocktakeError(
+            f"--root {config.root} holds other bins for rank {other} (fingerprint {fingerprints[other]}) than for "
+            f"rank 0 ({fingerprints[0]}): give every machine the same bins, --task, --list and --split"
+        )
+    return PreparedData(manifest, photos)
+
+
+def _tell(manifest: Manifest, task: str) -> None:
+    counts = manifest.counts().sum()
+    aside = f", {len(manifest.rejected)} set aside" if len(manifest.rejected) else ""
+    print(
+        f"{len(manifest.bins)} bins of task {task} in {manifest.source.root}: "
+        f"{counts['train']} train, {counts['val']} val, {counts['test']} test{aside} "
+        f"(data fingerprint {manifest.fingerprint})",
+        flush=True,
+    )
+    bare = [f"{split} {label}" for split, label, n in manifest.counted() if n == 0]
+    if bare:
+        print(f"warning: no bin in {', '.join(bare)}; such a class counts 0 in macro-F1", flush=True)
+
+
+@contextmanager
+def stage_run(
+    config: ImageConfig, kind: type[ImageConfig], prepared: PreparedData, stage: str, parent: TrackedRun | None
+) -> Iterator[tuple[TrackedRun, float]]:
+    """The run of one rung: a child of the ladder's, or its own. Yields it with the time it began.
+
+    Of a ladder's config only the settings of this `kind` are logged: a majority class has no backbone. In a
+    distributed job the first process has the run, and the others a NullRun.
+    """
+    began = time.monotonic()
+    tags = run_tags(config, prepared.manifest, stage)
+    with parent.child(stage, tags) if parent is not None else own_run(config, stage, tags) as run:
+        if ranks.is_rank_zero():
+            log_config(run, config, kind, prepared.manifest)
+        yield run, began
+
+
+@contextmanager
+def own_run(
+    config: ImageConfig,
+    name: str,
+    tags: Mapping[str, object],
+    *,
+    parent: Path | None = None,
+    reopen: Path | None = None,
+) -> Iterator[TrackedRun]:
+    """A run of this process, or of the first one of a distributed job, which goes on with it after a restart.
+
+    Args:
+        config: its tracking and workspace.
+        name: of the run.
+        tags: of the run.
+        parent: folder of another process's run, below which it is.
+        reopen: folder of an earlier run to go on with.
+    """
+    workspace = Path(config.workspace)
+    if not ranks.is_rank_zero():
+        os.environ.pop("MLFLOW_RUN_ID", None)
+        folder = ranks.run_on_rank_zero(lambda: workspace)
+        with _ended_for_the_dead(folder, config.tracking):
+            yield cast("TrackedRun", NullRun(folder))  # what it lacks of a TrackedRun is asked of the first one only
+        return
+    job = ranks.job()
+    earlier = find_run(workspace / "runs", job) if job and ranks.world().attempt else None
+    why = LocalRun.open(earlier).state.reason if earlier else None
+    reopen = earlier or reopen or _same_run(getattr(config, "resume", None))
+    with (
+        start_run(config.tracking, workspace=workspace, name=name, tags=tags, parent=parent, reopen=reopen) as run,
+        ranks.with_root_cause(),
+    ):
+        if job:
+            run.set_tags({_JOB: job, "restarts": ranks.world().attempt})
+        if earlier:
+            print(f"restart {ranks.world().attempt} ({why}): going on with {run.folder}", flush=True)
+        ranks.run_on_rank_zero(lambda: run.folder)
+        yield run
+
+
+def _same_run(resume: str | None) -> Path | None:
+    """The folder to resume, if it is of the MLflow run that this process was given: an interrupted job goes on."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if resume is None or not run_id or not (Path(resume) / "run.json").is_file():
+        return None
+    return Path(resume) if LocalRun.open(Path(resume)).state.attach_run_id == run_id else None
+
+
+def find_run(runs: Path, job: str) -> Path | None:
+    """The folder of the latest run of a distributed job, unless it has finished."""
+    found: list[LocalRun] = []
+    for path in runs.glob("*/tags.json"):
+        try:
+            if json.loads(path.read_text(encoding="utf-8")).get(_JOB) == job:
+                found.append(LocalRun.open(path.parent))
+        except (OSError, ValueError, StocktakeError):  # half written by a process that died
+            continue
+    latest = max(found, key=lambda folder: folder.state.start_ms, default=None)
+    return latest.path if latest and latest.state.status != FINISHED else None
+
+
+@contextmanager
+def _ended_for_the_dead(folder: Path, tracking: TrackingConfig) -> Iterator[None]:
+    """If the first process dies, another one of its machine ends the run for it."""
+    try:
+        with ranks.with_root_cause():
+            yield
+    except BaseException as error:
+        if ranks.is_gone(0):
+            end_dead_run(folder, tracking, KILLED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
+        raise
+
+
+def end_dead_run(folder: Path, tracking: TrackingConfig, status: str, reason: str) -> None:
+    """End a run whose process is gone without having ended it; a process that still lets go of it is waited for."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while (folder / "run.json").is_file() and LocalRun.open(folder).state.status == RUNNING:
+        if end_run(folder, tracking, status=status, reason=reason) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+
+
+def run_tags(config: ImageConfig, manifest: Manifest, stage: str) -> dict[str, str]:
+    """The tags by which runs are found and compared."""
+    return {
+        "stage": stage,
+        "task": config.task,
+        "data.root": shown_root(manifest),
+        "data.fingerprint": manifest.fingerprint,
+    }
+
+
+def shown_root(manifest: Manifest) -> str:
+    """The root as whoever started this knows it: a training job reads it from a folder of its own."""
+    return os.environ.get(ROOT) or manifest.source.root
+
+
+def log_config(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], manifest: Manifest) -> None:
+    """Params, the resolved config, the data, the environment."""
+    names = {field.name for field in dataclasses.fields(kind)} - {"tracking", "workspace", "resume"}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+    run.log_params(flatten(settings))
+    (run.artifacts / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False))
+    installed = {f"{one.metadata['Name']}=={one.version}" for one in distributions()}
+    (run.artifacts / "environment.txt").write_text("\n".join(sorted(installed, key=str.lower)) + "\n")
+    run.log_dataset(dataset_record(manifest), "training")
+
+
+def dataset_record(manifest: Manifest) -> DatasetRecord:
+    """The manifest as MLflow's dataset input."""
+    profile = {"bins": len(manifest.bins), "rejected": len(manifest.rejected), "outside": manifest.outside}
+    profile |= {f"{split}/{label}": n for split, label, n in manifest.counted()}
+    return DatasetRecord(
+        name=Path(shown_root(manifest)).name or "bins",
+        digest=manifest.fingerprint,
+        source=shown_root(manifest),
+        rows=len(manifest.bins),
+        profile=profile,
+    )
+
+
+def evaluate_and_log(
+    run: TrackedRun,
+    model: CountingModel,
+    config: ImageConfig,
+    prepared: PreparedData,
+    *,
+    step: int = 0,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Evaluate a finished model on val and test, save it, and hand all of it to its run.
+
+    The test split is read here and nowhere else: everything was chosen on val before. The processes of a distributed
+    job call this together: all predict, the first one saves.
+
+    Returns:
+        `val/...` and `test/...` metrics with intervals.
+    """
+    val, test = (split_probabilities(model, prepared, split, batch_size) for split in ("val", "test"))
+    recorded = prepared.manifest.split("val")["quantity"].to_numpy()
+    calibration = ranks.run_on_rank_zero(lambda: fit_calibration(val, recorded, model.spec.labels))
+    metrics = report_split(run, model, config, prepared, "val", calibration.apply(val), calibration)
+    metrics |= report_split(run, model, config, prepared, "test", calibration.apply(test), calibration)
+    fitted = {name: value for name, value in asdict(calibration).items() if name != "set_level"}
+    metrics |= {f"calibration/{name}": float(value) for name, value in fitted.items()}
+    ranks.run_on_rank_zero(
+        lambda: _keep_model(run, model, prepared, metrics, step, calibration, calibration.apply(val))
+    )
+    return metrics
+
+
+def _keep_model(
+    run: TrackedRun,
+    model: CountingModel,
+    prepared: PreparedData,
+    metrics: dict[str, float],
+    step: int,
+    calibration: Calibration,
+    val: npt.NDArray[np.float64],
+) -> None:
+    from stocktake.serving.export_check import PHOTOS, check_export
+    from stocktake.serving.pyfunc import save_pyfunc
+
+    run.log_metrics(metrics, step=step)
+    save_model(model, run.artifacts / "checkpoint")
+    bins = prepared.manifest.split("val")
+    rows = np.linspace(0, len(bins) - 1, min(PHOTOS, len(bins))).astype(int)
+    shown = bins.iloc[rows]
+    example = prepared.manifest.source.photo(str(shown["id"].iloc[0]))
+    with tempfile.TemporaryDirectory() as temporary:
+        exported = Path(temporary) / FOLDER
+        export_model(model, exported, {**asdict(calibration), "fitted_on": "val"})
+        check_export(exported, shown["id"].tolist(), prepared.photos.read(shown["hash"].tolist()), val[rows])
+        run.log_model(save_pyfunc(exported, run.folder / "models" / MODEL, example), MODEL)
+
+
+def split_probabilities(
+    model: CountingModel, prepared: PreparedData, split: Split, batch_size: int = 64
+) -> npt.NDArray[np.float64]:
+    """(n, K) probabilities of a split's bins, uncalibrated. The processes of a distributed job call this together."""
+    return predict(model, prepared.photos, prepared.manifest.split(split)["hash"].tolist(), batch_size, pick_device())
+
+
+def report_split(
+    run: TrackedRun,
+    model: CountingModel,
+    config: ImageConfig,
+    prepared: PreparedData,
+    split: Split,
+    probabilities: npt.NDArray[np.float64],
+    calibration: Calibration | None = None,
+) -> dict[str, float]:
+    """Score a split's probabilities; the report goes to the run's artifacts.
+
+    The processes of a distributed job call this together; the first one reports.
+
+    Returns:
+        `SPLIT/...` metrics with intervals, for the run to log.
+    """
+    predictions = prediction_table(prepared.manifest.split(split), probabilities, model.spec.labels)
+
+    def report() -> dict[str, float]:
+        metrics = write_report(
+            run.artifacts / "evaluation",
+            predictions,
+            model.spec.labels,
+            split=split,
+            title=f"{run.run_folder.tags['stage']}, {split} split",
+            seed=config.seed,
+            calibration=calibration,
+        )
+        if split == "test":
+            print_test_lines(metrics, predictions, model.spec.labels)
+        return metrics
+
+    return ranks.run_on_rank_zero(report)
+
+
+def prediction_table(
+    bins: pd.DataFrame, probabilities: npt.NDArray[np.float64], labels: tuple[int, ...]
+) -> pd.DataFrame:
+    """A row a bin: id, group, quantity, predicted, confidence, and p_<label> for each label."""
+    best = probabilities.argmax(1)
+    columns = {f"p_{label}": probabilities[:, column] for column, label in enumerate(labels)}
+    return bins[["id", "group", "quantity"]].assign(
+        predicted=np.array(labels)[best], confidence=probabilities.max(1), **columns
+    )
+
+
+def print_test_lines(
+    metrics: Mapping[str, float], predictions: pd.DataFrame, labels: tuple[int, ...], split: str = "test"
+) -> None:
+    """The first seed's lines of a test."""
+    of = {name.removeprefix(f"{split}/"): value for name, value in metrics.items()}
+    matrix = confusion_matrix(labels, predictions["quantity"].to_numpy(), predictions["predicted"].to_numpy())
+    word = split.upper()
+    print(f"{word}: loss={of['loss']:.6f} acc={of['accuracy']:.6f} macro_f1={of['macro_f1']:.6f}")
+    print(f"{word}: macro_precision={of['macro_precision']:.6f} macro_recall={of['macro_recall']:.6f}")
+    print(f"{word}: confusion_matrix=\n{matrix}", flush=True)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Nested settings with dotted names, as they are given on the command line."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def plain(value: Any) -> Any:
+    """Nested settings as YAML takes them: no tuples."""
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value

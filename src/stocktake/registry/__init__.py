@@ -1,0 +1,1 @@
+"""Registered versions: promotion, the gate, the model card."""

@@ -1,0 +1,234 @@
+"""A search space as SageMaker's ranges, and back: what comes out is always what the space allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stocktake.aws.parameters import SPACE, as_arguments, read_parameters
+from stocktake.aws.request import Inputs
+from stocktake.aws.search import chosen_settings, names, parameter_ranges
+from stocktake.aws.settings import JobSettings
+from stocktake.aws.tuning_request import is_tuning_name, tuning_job, tuning_name
+from stocktake.command_line import parse
+from stocktake.config import FinetuneConfig
+from stocktake.errors import StocktakeError
+from stocktake.tuning.space import Range, Space, parse_space
+
+PROJECT = Path(__file__).parents[2]
+SETTINGS = JobSettings(role="arn:aws:iam::123456789012:role/jobs", bucket="s3://some-bucket/here", image="image:1")
+INPUTS = Inputs("s3://some-bucket/here/code/1/", files="s3://some-bucket/here/files/1/")
+WRITTEN: dict[str, Any] = {
+    "training.optimizer": {
+        "categorical": {
+            "adamw": {"lr": {"log_uniform": [3e-4, 3e-3]}, "weight_decay": {"uniform": [0.05, 0.05]}},
+            "sgd": {"lr": {"log_uniform": [0.005, 0.1]}, "training.freeze_epochs": {"integer": [0, 6], "step": 3}},
+        }
+    },
+    "training.world_size": {"categorical": [None, 1]},
+    "training.sync_batchnorm": {"categorical": [True, False]},
+    "batch_size": {"integer": [16, 70], "step": 16},
+    "epochs": {"integer": [2, 5]},
+}
+
+
+def space_of(written: dict[str, Any]) -> Space:
+    return parse_space(written, FinetuneConfig(), "test")
+
+
+def request_of(settings: JobSettings = SETTINGS, **parameters: str) -> dict[str, Any]:
+    checked = read_parameters(PROJECT, "tune", parameters, settings)
+    assert checked.search is not None
+    return tuning_job(tuning_name(), settings, checked, checked.search, INPUTS, run_id="0" * 32)
+
+
+# Ranges ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_dimension_is_a_range_of_its_kind() -> None:
+    ranges = parameter_ranges(space_of(WRITTEN))
+    found = {one["Name"]: one for kind in ranges.values() for one in kind}
+    adamw, sgd = "training.optimizer=adamw/lr", "training.optimizer=sgd/lr"
+    assert {one["Name"] for one in ranges["ContinuousParameterRanges"]} == {adamw, sgd}, "a fixed one is no range"
+    assert found[sgd] == {"Name": sgd, "MinValue": "0.005", "MaxValue": "0.1", "ScalingType": "Logarithmic"}
+    assert found["epochs"]["ScalingType"] == "Linear"
+    assert (found["batch_size"]["MinValue"], found["batch_size"]["MaxValue"]) == ("16", "79")
+    assert found["training.world_size"]["Values"] == ["null", "1"]
+    assert found["training.sync_batchnorm"]["Values"] == ["true", "false"]
+    assert found["training.optimizer"]["Values"] == ["adamw", "sgd"]
+
+
+@given(data=st.data())
+def test_whatever_sagemaker_chooses_is_of_the_space(data: st.DataObject) -> None:
+    space = space_of(WRITTEN)
+    chosen = {"_tuning_objective_metric": "val/macro_f1", "stage": "finetune"}
+    for kind, ranges in parameter_ranges(space).items():
+        for one in ranges:
+            if kind == "CategoricalParameterRanges":
+                chosen[one["Name"]] = data.draw(st.sampled_from(one["Values"]))
+            elif kind == "IntegerParameterRanges":
+                chosen[one["Name"]] = str(data.draw(st.integers(int(one["MinValue"]), int(one["MaxValue"]))))
+            else:
+                number = data.draw(st.floats(float(one["MinValue"]), float(one["MaxValue"])))
+                chosen[one["Name"]] = data.draw(st.sampled_from([repr(number), f"{number:.17g}", f"{number:.20f}"]))
+    settings = chosen_settings(space, chosen)
+    assert space.params(settings) is not None, settings
+    assert settings["batch_size"] in (16, 32, 48, 64)
+    assert ("weight_decay" in settings) == (settings["training.optimizer"] == "adamw"), "only what holds"
+    assert ("training.freeze_epochs" in settings) == (settings["training.optimizer"] == "sgd")
+
+
+def test_a_stepped_range_gives_every_value_the_same_share() -> None:
+    space = space_of({"batch_size": {"integer": [16, 70], "step": 16}})
+    drawn = [chosen_settings(space, {"batch_size": str(number)})["batch_size"] for number in range(16, 80)]
+    assert {size: drawn.count(size) for size in set(drawn)} == dict.fromkeys((16, 32, 48, 64), 16)
+
+
+def test_choices_that_look_alike_are_refused() -> None:
+    space = space_of({"backbone": {"categorical": ["resnet18"]}})
+    (choice,) = space.dimensions
+    twice = dataclasses.replace(choice, branches=((1, ()), ("1", ())))  # type: ignore[call-arg]
+    with pytest.raises(StocktakeError, match="two choices are 1 as text"):
+        parameter_ranges(Space((twice,)))
+
+
+def test_a_value_outside_of_the_space_is_refused() -> None:
+    space = space_of({"batch_size": {"categorical": [16, 32]}})
+    for chosen in ({"batch_size": "17"}, {}):
+        with pytest.raises(StocktakeError, match="not of this search's space"):
+            chosen_settings(space, chosen)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "frozen", "classical"])
+def test_a_trial_gets_its_command_line(stage: str, tmp_path: Path) -> None:
+    """From -P to the parser of the container's command, with the default space of each stage."""
+    checked = read_parameters(
+        PROJECT, "tune", {"stage": stage, "trials": "6", "task": "0-5", "lr": "0.5", "pruner": "none"}, SETTINGS
+    )
+    assert checked.search is not None
+    space = checked.search.space
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / SPACE).write_bytes(bytes(checked.files[SPACE]))  # type: ignore[arg-type]
+    chosen = {}
+    for ranges in parameter_ranges(space).values():
+        chosen |= {one["Name"]: one.get("MinValue") or one["Values"][0] for one in ranges}
+    command, arguments = as_arguments(checked.hyperparameters | chosen | {"_tuning_objective_metric": "x"}, tmp_path)
+    assert command == "remote_trial"
+    config = parse(command, arguments)
+    assert (config.stage, config.task) == (stage, "0-5")
+    assert "trials" not in checked.hyperparameters
+    for one in space.all_dimensions():
+        value = config
+        for part in one.setting.split("."):
+            value = getattr(value, part)
+        wanted = one.low if isinstance(one, Range) else one.choices[0]
+        assert value in (wanted, (wanted,)), one.setting
+
+
+# The request ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_of_an_experiment_as_a_tuning_job() -> None:
+    request = request_of(experiment="search", root="s3://bins/all", trials="6", workers="2", image_size="96")
+    assert is_tuning_name(request["HyperParameterTuningJobName"])
+    config, definition = request["HyperParameterTuningJobConfig"], request["TrainingJobDefinition"]
+    assert config["Strategy"] == "Bayesian"
+    assert config["TrainingJobEarlyStoppingType"] == "Auto"
+    assert config["ResourceLimits"] == {"MaxNumberOfTrainingJobs": 6, "MaxParallelTrainingJobs": 2}
+    assert definition["StaticHyperParameters"] == {"command": "tune", "image_size": "96"}, "-P wins over the experiment"
+    assert "ContainerEntrypoint" not in definition["AlgorithmSpecification"]
+    assert "CheckpointConfig" not in definition
+    assert definition["Environment"]["STOCKTAKE_ROOT"] == "s3://bins/all"
+    assert "MLFLOW_RUN_ID" not in definition["Environment"], "no trial is the search's own run"
+    (metric,) = definition["AlgorithmSpecification"]["MetricDefinitions"]
+    line = "epoch=1 train_loss=0.1 train_acc=0.5 val_loss=0.1 val_acc=0.4 val_macro_f1=0.312500 elapsed_sec=3.1"
+    assert re.search(metric["Regex"], line)[1] == "0.312500"  # type: ignore[index]
+    space = yaml.safe_load((PROJECT / "experiments" / "search.space.yaml").read_text())
+    tuned = {one["Name"].rpartition("/")[2] for kind in config["ParameterRanges"].values() for one in kind}
+    assert tuned == {*space, "lr", "weight_decay"}
+
+
+def test_settings_that_are_tuned_are_not_fixed_too() -> None:
+    request = request_of(lr="0.1", weights="none")
+    assert set(request["TrainingJobDefinition"]["StaticHyperParameters"]) == {"command", "weights"}
+
+
+def test_strategies_and_early_ends() -> None:
+    hyperband = request_of(pruner="hyperband", epochs="9")["HyperParameterTuningJobConfig"]
+    assert hyperband["Strategy"] == "Hyperband"
+    assert hyperband["StrategyConfig"]["HyperbandStrategyConfig"] == {"MinResource": 1, "MaxResource": 10}
+    assert hyperband["TrainingJobEarlyStoppingType"] == "Off", "Hyperband ends them itself"
+    plain = request_of(sampler="random", pruner="none")["HyperParameterTuningJobConfig"]
+    assert (plain["Strategy"], plain["TrainingJobEarlyStoppingType"]) == ("Random", "Off")
+    assert plain["ResourceLimits"] == {"MaxNumberOfTrainingJobs": 20, "MaxParallelTrainingJobs": 1}
+    assert request_of(stage="frozen")["HyperParameterTuningJobConfig"]["TrainingJobEarlyStoppingType"] == "Off"
+
+
+def test_warm_starts_warm_pools_and_spot() -> None:
+    settings = dataclasses.replace(SETTINGS, warm_start=["earlier"], keep_alive_seconds=600)
+    request = request_of(settings)
+    assert request["WarmStartConfig"] == {
+        "ParentHyperParameterTuningJobs": [{"HyperParameterTuningJobName": "earlier"}],
+        "WarmStartType": "IdenticalDataAndAlgorithm",
+    }
+    assert request["TrainingJobDefinition"]["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 600
+    spot = request_of(dataclasses.replace(SETTINGS, spot=True))
+    assert spot["TrainingJobDefinition"]["CheckpointConfig"]["S3Uri"].endswith(spot["HyperParameterTuningJobName"])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "change", "told"),
+    [
+        ({"objectives": "[macro_f1,latency]", "pruner": "none"}, {}, "a tuning job has one objective"),
+        ({"storage": "sqlite:///study.db"}, {}, "-P storage cannot be given to a tuning job: SageMaker keeps"),
+        ({"resume": "workspace/runs/tune-1"}, {}, "-P resume cannot be given to a tuning job"),
+        ({"timeout": "60"}, {}, "each of them after max_run_seconds"),
+        ({"warm_start": "3"}, {}, "earlier tuning jobs are named in the backend config"),
+        ({"space": "nowhere"}, {}, "--space nowhere: no such file"),
+        ({"stage": "frozen", "pruner": "hyperband"}, {}, "-P pruner=hyperband weighs epochs"),
+        ({"stage": "frozen"}, {"instance_count": 2}, "instance_count 2: frozen runs on one machine"),
+        ({"nproc": "3"}, {}, "--batch_size 16 is the batch of all processes"),
+        ({"lr": "abc"}, {}, 'Parser key "lr"'),
+        ({}, {"warm_start": ["a" * 40]}, "backend config: warm_start: "),
+        ({}, {"warm_start": ["one"] * 6}, "backend config: warm_start: "),
+        ({}, {"instance_type": "ml.m5.xlarg"}, "backend config: instance_type: 'ml.m5.xlarg'"),
+        ({"weights": "w" * 3000}, {}, "-P weights: "),
+    ],
+)
+def test_what_sagemaker_cannot_do_is_refused(parameters: dict[str, str], change: dict[str, Any], told: str) -> None:
+    with pytest.raises(StocktakeError) as refused:
+        request_of(dataclasses.replace(SETTINGS, **change), **parameters)
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"batch_size": {"categorical": [*range(2, 80, 2)]}}, "-P space: "),
+        ({"backbone": {"categorical": ["resnet18", "r" * 300]}}, "-P space: "),
+        ({"lr": {"uniform": [0.1, 0.1]}}, "nothing in it varies"),
+    ],
+)
+def test_a_space_that_aws_would_not_take_is_refused(written: dict[str, Any], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.space.yaml"
+    path.write_text(json.dumps(written))
+    with pytest.raises(StocktakeError, match=told):
+        request_of(space=str(path))
+
+
+def test_a_warm_start_is_for_a_search() -> None:
+    with pytest.raises(StocktakeError, match="warm_start in the backend config is for -e tune"):
+        read_parameters(PROJECT, "finetune", {}, dataclasses.replace(SETTINGS, warm_start=["earlier"]))
+
+
+def test_the_names_of_ranges_are_those_of_the_space() -> None:
+    space = space_of(WRITTEN)
+    assert sorted(names(space)) == sorted(one["Name"] for kind in parameter_ranges(space).values() for one in kind)

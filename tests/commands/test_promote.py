@@ -1,0 +1,295 @@
+"""From runs to a champion and back, by the commands, over one ladder on the tiny root."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from stocktake.commands import promote as promote_module
+from stocktake.commands.ladder import ladder
+from stocktake.config import HeadConfig, LadderConfig, PcaSvmConfig, TrackingConfig
+from stocktake.tracking.addresses import Stores
+from stocktake.tracking.connection import Connection
+from tiny_bins import PLAIN_BACKBONE
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Shop:
+    """A store of its own over the runs of the ladder: what is promoted in it is promoted nowhere else."""
+
+    folder: Path
+    uri: str
+    runs: dict[str, Any]
+    """Of the ladder, by stage."""
+    command: Callable[..., Any]
+
+    @property
+    def client(self) -> Any:
+        return mlflow.MlflowClient(self.uri, self.uri)
+
+    def run(self, *words: str) -> Any:
+        """A command of the registry."""
+        return self.command(*words, "--tracking.uri", self.uri)
+
+    def aliases(self) -> dict[str, int]:
+        return {alias: int(n) for alias, n in self.client.get_registered_model("stocktake").aliases.items()}
+
+    def history(self) -> list[dict[str, Any]]:
+        return list(json.loads(self.run("registry", "--format", "json").out)["history"])
+
+
+@pytest.fixture(scope="module")
+def laddered(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the store and the files of a ladder of majority, classical and frozen."""
+    folder = tmp_path_factory.mktemp("laddered")
+    before = Path.cwd()
+    patch = pytest.MonkeyPatch()
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+        patch.delenv(name, raising=False)
+    patch.chdir(folder)
+    laid_out = tmp_path_factory.getbasetemp() / "laid-out.db"
+    if not laid_out.exists():
+        Connection(Stores(f"sqlite:///{laid_out}", f"sqlite:///{laid_out}")).open()
+    shutil.copy(laid_out, folder / "mlflow.db")
+    config = LadderConfig(
+        **{**tiny_settings, "tracking": TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)},
+        workspace="workspace",
+        backbone=PLAIN_BACKBONE,
+        weights="none",
+        precision="fp32",
+        rungs=("majority", "classical", "frozen"),
+        classical=PcaSvmConfig(pixels=16, components=20),
+        head=HeadConfig(c=(1e-9,), class_weight="none"),  # learns nothing but how often a quantity is
+    )
+    ladder(config)
+    assert (folder / "workspace" / "registry" / "stocktake-1" / "card.html").is_file()
+    patch.undo()
+    assert Path.cwd() == before
+    yield folder
+
+
+@pytest.fixture
+def shop(laddered: Path, sqlite_store: str, tmp_path: Path, stocktake: Callable[..., Any]) -> Shop:
+    shutil.copy(laddered / "mlflow.db", tmp_path / "mlflow.db")
+    client = mlflow.MlflowClient(sqlite_store, sqlite_store)
+    experiment = client.get_experiment_by_name("stocktake").experiment_id
+    runs = {run.data.tags["stage"]: run for run in client.search_runs([experiment])}
+    return Shop(tmp_path, sqlite_store, runs, stocktake)
+
+
+def verdicts(out: str) -> list[str]:
+    """The table's first words, rule by rule."""
+    return [line.split("  ")[0].strip() for line in out.splitlines() if line.startswith(("passed ", "FAILED "))]
+
+
+def test_the_best_of_a_ladder_becomes_the_first_champion(shop: Shop) -> None:
+    assert shop.aliases() == {"candidate": 1}
+    ended = shop.run("promote", "--reason", "first light")
+    assert (ended.code, ended.err) == (0, "")
+    assert verdicts(ended.out) == ["passed"] * 7
+    assert "champion: stocktake/1; models:/stocktake@champion" in ended.out
+    assert shop.aliases() == {"candidate": 1, "champion": 1}
+    (event,) = shop.history()
+    assert (event["action"], event["from"], event["to"], event["why"]) == ("promoted", None, 1, "first light")
+    figures = event["figures"]
+    run = shop.runs["classical"]
+    assert figures["frozen baseline: macro_f1"] == pytest.approx(run.data.metrics["test/macro_f1"], abs=1e-6)
+    assert figures["frozen baseline: gain_low"] > 0
+    assert figures["majority baseline: n"] == run.data.metrics["test/n"]
+    assert figures["data.fingerprint"] == run.data.tags["data.fingerprint"]
+    assert figures["git.commit"] == run.data.tags["git.commit"]
+    assert figures["latency_ms"] > 0
+    card = (shop.folder / "workspace" / "registry" / "stocktake-1" / "card.md").read_text()
+    assert "first light" in card
+    assert "ms a photo (median)" in card
+    assert "export check: passed" in card
+    assert "card.html" in " ".join(one.path for one in shop.client.list_artifacts(run.info.run_id, "model-card"))
+    assert shop.client.get_model_version("stocktake", "1").description.startswith("# Model card: stocktake/1")
+
+    ended = shop.run("registry")
+    assert ended.code == 0
+    for text in ("candidate,", "champion", "classical", "1-3", "passed", "first light", "none → 1"):
+        assert text in ended.out
+    (row,) = json.loads(shop.run("registry", "--format", "json").out)["versions"]
+    assert row["export_check"] is True
+    assert row["test/macro_f1_low"] <= row["test/macro_f1"] <= row["test/macro_f1_high"]
+    assert shop.run("promote").err == ("stocktake: stocktake/1 is the champion already: choose another --version\n")
+
+
+def test_a_baseline_passes_by_force_alone_and_is_beaten_and_gone_back_to(shop: Shop) -> None:
+    ended = shop.run("register", "--run", shop.runs["frozen"].info.run_id)
+    assert (ended.code, ended.err) == (0, "")
+    assert "candidate: stocktake/2 (frozen), models:/stocktake@candidate" in ended.out
+    ended = shop.run("promote")
+    assert ended.code == 2
+    assert "the version is a frozen baseline itself" in ended.err
+    assert "It stays the challenger" in ended.err
+    assert ended.err.count("\n") == 1
+    assert shop.aliases() == {"candidate": 2, "challenger": 2}
+    assert "--force needs --reason" in shop.run("promote", "--force").err
+    ended = shop.run("promote", "--force", "--reason", "a start")
+    assert (ended.code, ended.err) == (0, "")
+    assert "by force: 2 of 6 rules missed" in ended.out
+    assert shop.aliases() == {"candidate": 2, "champion": 2}
+
+    ended = shop.run("promote", "--version", "1")
+    assert (ended.code, ended.err) == (0, "")
+    assert verdicts(ended.out) == ["passed"] * 6
+    assert "champion: stocktake/1, it was stocktake/2" in ended.out
+    ended = shop.run("rollback", "--reason", "too good to be true")
+    assert (ended.code, ended.err) == (0, "")
+    assert "champion: stocktake/2, it was stocktake/1" in ended.out
+    assert shop.aliases() == {"candidate": 2, "champion": 2}
+    ended = shop.run("rollback")
+    assert ended.code == 2
+    assert "stocktake/2 is the first champion" in ended.err
+    assert [(one["action"], one["version"], one["from"], one["to"], one["why"]) for one in shop.history()] == [
+        ("refused", 2, None, None, None),
+        ("forced", 2, None, 2, "a start"),
+        ("promoted", 1, 2, 1, None),
+        ("rolled back", 1, 1, 2, "too good to be true"),
+    ]
+    refused, forced, promoted, _ = shop.history()
+    assert refused["figures"]["failed"] == forced["figures"]["failed"]
+    assert promoted["figures"]["gain_low"] > 0
+    assert "failed" not in promoted["figures"]
+    card = (shop.folder / "workspace" / "registry" / "stocktake-1" / "card.md").read_text()
+    assert "too good to be true" in card
+
+
+def test_each_limit_refuses_by_its_value_and_changes_nothing(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.run("register", "--run", shop.runs["frozen"].info.run_id)
+    shop.run("promote", "--force", "--reason", "a start")
+    strict = ("--gate.min_gain", "0.99", "--gate.max_latency_ms", "0", "--gate.max_size_mb", "0.1")
+    ended = shop.run("promote", "--version", "1", *strict)
+    assert ended.code == 2
+    assert "refused by 3 of 6 rules: gain over the champion stocktake/2: " in ended.err
+    assert re.search(r"\(above 0\.990; missed by 0\.\d{3}\), macro-F1 1\.000 against", ended.err)
+    assert re.search(r"latency of one photo: \d+\.\d ms \(below 0\.0 ms; missed by", ended.err)
+    assert re.search(r"size of the model: \d+\.\d MB \(below 0\.1 MB; missed by", ended.err)
+    assert shop.aliases() == {"candidate": 2, "challenger": 1, "champion": 2}
+    assert len(shop.history()[-1]["figures"]["failed"]) == 3
+
+    unchecked = promote_module.Served(1.0, 1.0, "openvino", None)
+    monkeypatch.setattr(promote_module, "measure", lambda *_: unchecked)  # as a model of an earlier export
+    ended = shop.run("promote", "--version", "1")
+    assert ended.code == 2
+    assert "refused by 1 of 6 rules: export check: model.json holds no check: export the model anew" in ended.err
+
+    ended = shop.run("promote", "--version", "1", "--to", "challenger", "--reason", "in the shade")
+    assert (ended.code, ended.out.splitlines()[0]) == (0, "challenger: stocktake/1")
+    assert shop.history()[-1]["action"] == "challenger"
+    assert shop.aliases()["champion"] == 2
+
+
+def said_command(err: str) -> list[str]:
+    """The words of the command that a refusal names."""
+    found = re.search(r"make it with: stocktake (.*?)\)[.;]", err)
+    assert found, err
+    return shlex.split(found.group(1))
+
+
+def test_a_missing_baseline_is_made_by_the_command_that_is_named(shop: Shop) -> None:
+    shop.client.delete_run(shop.runs["majority"].info.run_id)
+    ended = shop.run("promote")
+    assert ended.code == 2
+    assert "there is no run of it on task 1-3, data" in ended.err
+    words = said_command(ended.err)
+    assert words[0] == "majority"
+    assert f"  stocktake {shlex.join(words)}" in ended.out
+    made = shop.command(*words, "--tracking.system_metrics", "false")
+    assert made.code == 0, made.err
+    ended = shop.run("promote")
+    assert (ended.code, ended.err) == (0, "")
+
+
+def test_a_champion_of_other_data_is_evaluated_by_the_command_that_is_named(
+    shop: Shop, tiny_settings: dict[str, Any], tiny_root: Path
+) -> None:
+    other = ["classical", "--root", str(tiny_root), "--task", "1-3", "--image_size", "32", "--split.seed", "5"]
+    other += ["--split.fractions", "[0.6,0.2,0.2]", "--split.twin_distance", "0", "--tracking.run_name", "other split"]
+    other += ["--classical.pixels", "2", "--classical.components", "2", "--classical.c", "0.01"]
+    made = shop.run(*other, "--tracking.system_metrics", "false")
+    assert made.code == 0, made.err
+    assert shop.run("register", "--run", "other split").code == 0
+    ended = shop.run("promote", "--force", "--reason", "other data")
+    assert ended.code == 0, ended.err
+    ended = shop.run("promote", "--version", "1")
+    assert ended.code == 2
+    words = said_command(ended.err)
+    assert words[:3] == ["evaluate", "--model", "models:/stocktake/2"]
+    on_val = shop.command(*words, "--on", "val", "--tracking.system_metrics", "false")
+    assert on_val.code == 0, on_val.err
+    assert shop.run("promote", "--version", "1").code == 2, "an evaluation on val is none on test"
+    made = shop.command(*words, "--tracking.system_metrics", "false")
+    assert made.code == 0, made.err
+    ended = shop.run("promote", "--version", "1")
+    assert (ended.code, ended.err) == (0, "")
+    assert "champion: stocktake/1, it was stocktake/2" in ended.out
+
+
+def test_two_commands_at_once_end_with_one_champion(shop: Shop) -> None:
+    shop.run("register", "--run", shop.runs["frozen"].info.run_id)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "stocktake", "promote", "--version", number, "--force", "--reason", "race"),
+                *("--tracking.uri", shop.uri, "--workspace", str(shop.folder / f"workspace-{number}")),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=shop.folder,
+            env=environment,
+        )
+        for number in ("1", "2")
+    ]
+    ended = [(*process.communicate(timeout=240), process.returncode) for process in started]
+    events = [one for one in shop.history() if one["action"] in ("promoted", "forced")]
+    told = [err for _, err, code in ended if code]
+    assert all("nothing was changed" in err and "Traceback" not in err for err in told), told
+    assert len(events) + len(told) == 2, "one after the other, or one is told that the other is at it"
+    assert [one["from"] for one in events] == [None, events[0]["to"]][: len(events)]
+    assert shop.aliases()["champion"] == events[-1]["to"]
+    assert [one.name for one in shop.client.search_registered_models()] == ["stocktake"]
+
+
+def test_what_is_missing_is_said_in_one_line(shop: Shop) -> None:
+    for words, said in (
+        (("promote", "--version", "7"), "stocktake has no version 7: --version can be 1, or candidate (1)"),
+        (("promote", "--model_name", "other"), "there is no registered model 'other'"),
+        (("rollback",), "stocktake has no champion to roll back from: `stocktake promote` makes one"),
+        (("registry", "--model_name", "other"), "--model_name can be stocktake"),
+        (("register",), "--run is missing"),
+        (("register", "--run", "nobody"), "no run folder and no run 'nobody'"),
+        (("promote", "--gate.max_recall_drop", "2"), "--gate.max_recall_drop 2 must be from 0 to 1"),
+    ):
+        ended = shop.run(*words)
+        assert ended.code == 2
+        assert said in ended.err
+        assert ended.err.count("\n") == 1
+    assert shop.aliases() == {"candidate": 1}
+    assert [one.name for one in shop.client.search_registered_models()] == ["stocktake"], "no lock is left"
+
+
+def test_the_photo_that_latency_is_measured_with(tmp_path: Path) -> None:
+    assert promote_module.example_photo(tmp_path)[:2] == b"\xff\xd8"
+    (tmp_path / "input_example.json").write_text('{"columns": ["photo"], "data": [["AAEC"]]}')
+    assert promote_module.example_photo(tmp_path) == b"\x00\x01\x02"
+    (tmp_path / "input_example.json").write_text('{"data": []}')
+    assert promote_module.example_photo(tmp_path)[:2] == b"\xff\xd8"

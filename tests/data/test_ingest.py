@@ -1,0 +1,403 @@
+"""A bucket's bins on this machine: whole, once, again after a kill, and with a reason for what is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from s3_server import Server, serve
+from stocktake.commands.data import data
+from stocktake.config import BinsConfig, DataConfig, S3Config
+from stocktake.data import ingest
+from stocktake.data.manifest import Manifest, build_manifest
+from stocktake.data.roots import open_root
+from stocktake.errors import StocktakeError
+
+QUANTITIES = [1, 2, 3, 4, 5, 0, 7, 2] * 6
+QUICK = S3Config(retries=2, timeout=20, concurrency=8)
+
+
+@pytest.fixture
+def root(tmp_path: Path, make_root: Callable[..., Path]) -> Path:
+    """48 bins, of which 36 are of the task 1-5."""
+    return make_root(tmp_path / "root", QUANTITIES)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BinsConfig:
+    return BinsConfig(root="s3://bins", workspace=str(tmp_path / "workspace"), s3=replace(QUICK))
+
+
+@pytest.fixture
+def server(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """The root as the bucket s3://bins."""
+    with serve(root, page=20) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
+
+
+def of_folder(config: BinsConfig, root: Path) -> Manifest:
+    return build_manifest(replace(config, root=str(root)))
+
+
+def keys_of(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*.*")}
+
+
+def objects_asked(server: Server) -> dict[str, int]:
+    return {key: count for key, count in server.seen().items() if key not in ("LIST", "index.json")}
+
+
+def mirror_of(config: BinsConfig) -> Path:
+    (folder,) = (Path(config.workspace) / "mirrors").iterdir()
+    return folder
+
+
+# Whole, and once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_buckets_manifest_is_the_folders(config: BinsConfig, root: Path, server: Server) -> None:
+    found, expected = build_manifest(config), of_folder(config, root)
+    assert found.fingerprint == expected.fingerprint
+    pd.testing.assert_frame_equal(found.bins, expected.bins)
+    assert (found.source.root, found.outside) == ("s3://bins", expected.outside)
+    for bin_id in ("00001", "00048"):
+        assert found.source.photo(bin_id) == (root / "bin-images" / f"{bin_id}.jpg").read_bytes()
+    assert objects_asked(server) == dict.fromkeys(keys_of(root), 1)
+
+
+def test_what_is_here_is_not_asked_for(config: BinsConfig, server: Server) -> None:
+    fingerprint = build_manifest(config).fingerprint
+    seen = server.seen()
+    assert build_manifest(config).fingerprint == fingerprint
+    assert server.seen() == seen
+    os.kill(server.pid, 9)  # and nobody needs to answer
+    assert build_manifest(config).fingerprint == fingerprint
+
+
+def test_bins_are_fetched_by_list_without_a_listing(
+    config: BinsConfig, root: Path, server: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(
+        json.dumps({"1": ["data/metadata/00001.json", "00009"], "2": [f"{n:05d}" for n in range(2, 48, 8)]})
+    )
+    listed = replace(config, list=str(path))
+    assert build_manifest(listed).fingerprint == of_folder(listed, root).fingerprint
+    asked = objects_asked(server)
+    assert "LIST" not in server.seen()
+    assert {Path(key).stem for key in asked} == {"00001", "00009", *(f"{n:05d}" for n in range(2, 48, 8))}
+
+
+@pytest.mark.parametrize(("limit", "task"), [(5, "1-5"), (5, "4-7"), (100, "1-5")])
+def test_a_limit_is_the_first_bins_of_the_task(
+    limit: int, task: str, config: BinsConfig, root: Path, server: Server
+) -> None:
+    limited = replace(config, limit=limit, task=task)
+    found, expected = build_manifest(limited), of_folder(limited, root)
+    assert found.fingerprint == expected.fingerprint
+    pd.testing.assert_frame_equal(found.bins, expected.bins)
+    photos = {Path(key).stem for key in objects_asked(server) if key.startswith("bin-images/")}
+    assert photos == set(found.bins["id"])  # of what is outside the task, the record only
+    assert len(found.bins) == min(limit, 36)
+    seen = server.seen()
+    assert build_manifest(limited).fingerprint == expected.fingerprint
+    assert server.seen() == seen
+    assert build_manifest(config).fingerprint == of_folder(config, root).fingerprint  # all of them, later
+    assert max(objects_asked(server).values()) == 1
+
+
+def test_a_smaller_copy_is_kept_by_setting(
+    tmp_path: Path, config: BinsConfig, bin_photo: Callable[..., bytes], write_bin: Callable[..., None]
+) -> None:
+    root = tmp_path / "large"
+    for number in range(1, 6):
+        size = (200, 160) if number > 1 else (60, 48)
+        write_bin(root, f"{number:05d}", number, photo=bin_photo(number, size))
+    write_bin(root, "00006", 2, photo=b"no photo")
+    with serve(root) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", server.url)
+        whole = build_manifest(config)
+        small = build_manifest(replace(config, s3=replace(QUICK, resize=64)))
+    assert set(zip(small.bins["width"], small.bins["height"], strict=True)) == {(60, 48), (80, 64)}
+    assert small.bins["hash"][0] == whole.bins["hash"][0]  # small enough as it came
+    assert small.rejected["reason"].tolist() == whole.rejected["reason"].tolist()
+    with Image.open(small.source.folder / "bin-images" / "00002.jpg") as photo:
+        assert photo.format == "JPEG"
+    assert small.source.folder != whole.source.folder
+
+
+def test_a_large_bucket_is_not_fetched_unasked(
+    config: BinsConfig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "UNASKED", 40)
+    with pytest.raises(StocktakeError, match="holds more than 40 photos that are not here yet: say how") as refused:
+        build_manifest(config)
+    assert "stocktake data --root s3://bins --plan true" in str(refused.value)
+    assert objects_asked(server) == {}
+    assert len(build_manifest(replace(config, limit=30)).bins) == 30
+    assert len(build_manifest(config).bins) == 36  # the rest is little
+
+
+def test_an_export_is_made_of_the_copy(config: BinsConfig, server: Server, tmp_path: Path) -> None:
+    counts = data(DataConfig(**vars(config), export=str(tmp_path / "tree")))
+    assert len(list((tmp_path / "tree").glob("*/*/*.jpg"))) == counts["bins"] == 36
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+def test_faults_by_schedule_change_nothing(config: BinsConfig, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["503", "reset", "truncate", "corrupt", "slow"]
+    faults = [{"key": f"{digit}\\.(jpg|json)$", "do": kind, "times": 2} for digit, kind in enumerate(kinds)]
+    with serve(root, faults=faults) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        found = build_manifest(config)
+        assert found.fingerprint == of_folder(config, root).fingerprint
+        assert set(objects_asked(server).values()) == {1, 2, 3}
+    assert len(found.rejected) == 0
+    for key in keys_of(root):
+        assert (mirror_of(config) / key).read_bytes() == (root / key).read_bytes()
+
+
+def test_a_killed_ingest_goes_on_without_fetching_again(
+    config: BinsConfig, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(root, delay=0.1) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        command = [sys.executable, "-m", "stocktake", "data", "--root", "s3://bins", "--workspace", config.workspace]
+        process = subprocess.Popen([*command, "--s3.concurrency", "4"], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        mirrors = Path(config.workspace) / "mirrors"
+        while len(list(mirrors.glob("*/*/[0-9]*.jp*g")) + list(mirrors.glob("*/*/[0-9]*.json"))) < 60:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        here = {str(path.relative_to(mirror_of(config))) for path in mirror_of(config).glob("*/[0-9]*.j*")}
+        assert 60 <= len(here) < len(keys_of(root))
+        (mirror_of(config) / "bin-images" / ".00048.jpg.1.part").write_bytes(b"half")
+        assert build_manifest(config).fingerprint == of_folder(config, root).fingerprint
+        asked = objects_asked(server)
+    assert {asked[key] for key in here} == {1}
+    assert sum(asked.values()) <= len(keys_of(root)) + 4  # those on their way when it was killed
+    assert not list(mirror_of(config).rglob("*.part"))
+
+
+def test_what_is_missing_is_set_aside_and_not_asked_for_again(
+    config: BinsConfig, root: Path, server: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.json"
+    ids = [f"{number:05d}" for number in range(1, 49)]
+    path.write_text(json.dumps([*ids, "77777"]))
+    for key in ("bin-images/00001.jpg", "metadata/00002.json"):
+        (root / key).unlink()
+    with serve(root) as bare, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", bare.url)
+        listed = replace(config, list=str(path))
+        found = build_manifest(listed)
+        aside = pd.read_csv(found.folder / "set-aside.csv", dtype=str)
+        assert dict(zip(aside["id"], aside["reason"], strict=True)) == {
+            "00001": "file is missing",
+            "00002": "file is missing",
+            "77777": "named by --list, but not in the root",
+        }
+        assert found.fingerprint == of_folder(listed, root).fingerprint
+        seen = bare.seen()
+        build_manifest(listed)
+        assert bare.seen() == seen
+        build_manifest(replace(listed, s3=replace(QUICK, refresh=True)))
+        assert bare.seen()["metadata/77777.json"] == 2
+
+
+def test_a_refresh_follows_the_bucket(
+    config: BinsConfig, root: Path, monkeypatch: pytest.MonkeyPatch, write_bin: Callable[..., None]
+) -> None:
+    with serve(root) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        build_manifest(config)
+        url = server.url
+    for name in ("bin-images/00001.jpg", "metadata/00001.json"):
+        (root / name).unlink()
+    write_bin(root, "00060", 3)
+    with serve(root, port=int(url.rpartition(":")[2])) as server:
+        assert "00060" not in set(build_manifest(config).bins["id"])
+        found = build_manifest(replace(config, s3=replace(QUICK, refresh=True)))
+    assert found.fingerprint == of_folder(config, root).fingerprint
+    assert "00060" in set(found.bins["id"])
+
+
+def test_one_refused_object_is_set_aside_with_the_reason(
+    config: BinsConfig, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [
+        {"key": "bin-images/00003", "do": "403", "times": 99},
+        {"key": "metadata/00004", "do": "corrupt", "times": 99},
+    ]
+    with serve(root, faults=faults) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        found = build_manifest(config)
+        seen = server.seen()
+        assert build_manifest(config).fingerprint == found.fingerprint
+        assert server.seen() == seen
+    reasons = dict(zip(found.rejected["id"], found.rejected["reason"], strict=True))
+    assert reasons.keys() == {"00003", "00004"}
+    assert "access is denied" in reasons["00003"]
+    assert "never as its checksum says" in reasons["00004"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("403", "objects were refused, such as .*: access is denied anonymously"),
+        ("corrupt", r"never as its checksum says \(3 attempts\) \(a bucket encrypted with KMS .*--s3.verify false"),
+        ("503", "objects could not be fetched, the first .* 503 .*; the same command goes on from here"),
+    ],
+)
+def test_a_bucket_that_gives_nothing_ends_the_command_soon(
+    fault: str, words: str, config: BinsConfig, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(root, faults=[{"key": "^(bin-images|metadata)/", "do": fault, "times": 99}]) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        hasty = replace(config, s3=replace(QUICK, retries=1))
+        with pytest.raises(StocktakeError, match=words):
+            build_manifest(hasty)
+        assert len(objects_asked(server)) < 40
+    with serve(root) as good, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", good.url)
+        assert build_manifest(config).fingerprint == of_folder(config, root).fingerprint
+
+
+def test_a_bucket_without_checksums_is_read_by_setting(
+    config: BinsConfig, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(root, faults=[{"key": ".", "do": "stale_etag", "times": 99}]) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        found = build_manifest(replace(config, s3=replace(QUICK, verify=False)))
+    assert found.fingerprint == of_folder(config, root).fingerprint
+
+
+def test_an_empty_and_a_missing_bucket_are_named(config: BinsConfig, server: Server) -> None:
+    with pytest.raises(StocktakeError, match="--root s3://bins/nothing holds no bins"):
+        build_manifest(replace(config, root="s3://bins/nothing"))
+    with pytest.raises(StocktakeError, match="--root s3://others: there is no bucket others"):
+        build_manifest(replace(config, root="s3://others"))
+
+
+# Bounds ---------------------------------------------------------------------------------------------------------------
+
+
+def test_only_as_many_objects_as_requests_are_in_memory(
+    config: BinsConfig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, held, most = threading.Lock(), 0, 0
+    fetch_one = ingest.Mirror._fetch_one
+
+    def counted(self: ingest.Mirror, key: str) -> None:
+        nonlocal held, most
+        with guard:
+            held += 1
+            most = max(most, held)
+        fetch_one(self, key)
+        with guard:
+            held -= 1
+
+    monkeypatch.setattr(ingest.Mirror, "_fetch_one", counted)
+    build_manifest(replace(config, s3=replace(QUICK, concurrency=3)))
+    assert 1 <= most <= 3
+
+
+FETCH = """
+import resource, sys
+from stocktake.data.ingest import Mirror
+from stocktake.data.s3_source import S3Address
+from stocktake.config import BinsConfig, S3Config
+
+workspace, count = sys.argv[1], int(sys.argv[2])
+config = BinsConfig(root="s3://bins", workspace=workspace, s3=S3Config(concurrency=8))
+mirror = Mirror(S3Address.parse(config.root), config)
+mirror.open()
+keys = [f"bin-images/{number:05d}.jpg" for number in range(count)]
+for part in (keys[:50], keys):
+    mirror.fetch(lambda: part, "photos")
+    print(mirror.bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_more_photos_do_not_take_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 MB more of them, in a process of its own: less than a quarter of it at its peak."""
+    photos = tmp_path / "root" / "bin-images"
+    photos.mkdir(parents=True)
+    (photos / "00000.jpg").write_bytes(os.urandom(2**18))
+    for number in range(1, 450):
+        os.link(photos / "00000.jpg", photos / f"{number:05d}.jpg")
+    with serve(tmp_path / "root") as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        command = [sys.executable, "-c", FETCH, str(tmp_path / "workspace"), "450"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (first, before), (all_of_them, after) = (map(int, line.split()) for line in said.splitlines())
+    assert (first, all_of_them) == (50 * 2**18, 450 * 2**18)
+    assert after - before < 25 * 2**20
+
+
+def test_of_two_at_once_one_fetches(config: BinsConfig, root: Path, server: Server) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda one: open_root("s3://bins", one, range(1, 6), None), [config, config]))
+    assert found[0].ids() == found[1].ids() == sorted({Path(key).stem for key in keys_of(root)})
+    assert objects_asked(server) == dict.fromkeys(keys_of(root), 1)
+
+
+def test_progress_goes_into_a_log_as_lines(
+    config: BinsConfig, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ingest, "_TELL_EVERY", 0)
+    build_manifest(config)
+    printed = capsys.readouterr().out
+    assert "fetching bin-images: 48 of 48, " in printed
+    assert " a second, 00:00:00 left" in printed
+    assert "fetched 96 objects (" in printed
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_lists_and_samples(
+    config: BinsConfig, root: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("stocktake.data.ingest_plan._SAMPLE", 5)
+    plan = DataConfig(**vars(config), plan=True)
+    found = data(plan)
+    size = sum(path.stat().st_size for path in root.rglob("*.*"))
+    assert (found["objects"], found["bytes"]) == (96, size)
+    assert found["hours"] > 0
+    assert len(objects_asked(server)) == 10
+    printed = capsys.readouterr().out
+    assert "96 objects, 48 bins" in printed
+    assert "hours for the 48 bins that are not here yet, at " in printed
+    assert "list prices of January 2025" in printed
+    build_manifest(config)
+    assert data(plan)["hours"] == 0
+    assert max(objects_asked(server).values()) == 1
+
+
+def test_a_plan_of_a_list_needs_no_listing(config: BinsConfig, root: Path, server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(["00001", "00002", "00003"]))
+    found = data(DataConfig(**vars(replace(config, list=str(path))), plan=True))
+    size = sum(path.stat().st_size for number in (1, 2, 3) for path in root.rglob(f"{number:05d}.*"))
+    assert (found["objects"], found["bytes"]) == (6, pytest.approx(size))
+    assert "LIST" not in server.seen()

@@ -1,0 +1,333 @@
+"""The manifest: what is used, what is set aside, what is read again, and what its fingerprint says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from stocktake.config import BinsConfig, SplitConfig
+from stocktake.data import manifest as manifest_module
+from stocktake.data.manifest import Manifest, build_manifest
+from stocktake.data.source import FolderSource
+from stocktake.errors import StocktakeError
+
+QUANTITIES = [1, 2, 3, 4, 5] * 8
+COLUMNS = ["id", "quantity", "split", "width", "height", "bytes", "hash", "phash", "group", "items", "flags"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, make_root: Callable[..., Path]) -> BinsConfig:
+    """40 bins, each its own group."""
+    return BinsConfig(root=str(make_root(tmp_path / "root", QUANTITIES)), workspace=str(tmp_path / "workspace"))
+
+
+@pytest.fixture
+def photos_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids whose photos are read from now on."""
+    read: list[str] = []
+    original = FolderSource.photo
+
+    def photo(self: FolderSource, bin_id: str) -> bytes:
+        read.append(bin_id)
+        return original(self, bin_id)
+
+    monkeypatch.setattr(FolderSource, "photo", photo)
+    return read
+
+
+def root_of(config: BinsConfig) -> Path:
+    return Path(config.root or "")
+
+
+def reasons(manifest: Manifest) -> dict[str, str]:
+    return dict(zip(manifest.rejected["id"], manifest.rejected["reason"], strict=True))
+
+
+def test_a_row_a_bin_with_what_is_known_of_it(config: BinsConfig, bin_photo: Callable[..., bytes]) -> None:
+    manifest = build_manifest(config)
+    assert list(manifest.bins.columns) == COLUMNS
+    assert manifest.bins["id"].tolist() == [f"{number:05d}" for number in range(1, 41)]
+    assert manifest.bins["quantity"].tolist() == QUANTITIES
+    row = manifest.bins.iloc[1]
+    assert (row["width"], row["height"], row["bytes"]) == (48, 40, len(bin_photo("00002")))
+    assert (list(row["items"]), list(row["flags"]), row["group"]) == (["item-00002"], [], "00002")
+    assert len(row["phash"]) == 16
+    assert manifest.bins["hash"].is_unique
+    assert (len(manifest.rejected), manifest.outside, manifest.labels) == (0, 0, (1, 2, 3, 4, 5))
+    written = pd.read_parquet(manifest.folder / "manifest.parquet")
+    assert written["id"].tolist() == manifest.bins["id"].tolist()
+    assert written["split"].tolist() == manifest.bins["split"].tolist()
+    assert not list(manifest.folder.glob("*.part"))
+
+
+def test_a_second_call_reads_no_photo_and_finds_the_same(config: BinsConfig, photos_read: list[str]) -> None:
+    first = build_manifest(config)
+    assert sorted(photos_read) == first.bins["id"].tolist()
+    photos_read.clear()
+    second = build_manifest(config)
+    assert photos_read == []
+    assert second.fingerprint == first.fingerprint
+    pd.testing.assert_frame_equal(
+        first.bins.assign(items=first.bins["items"].map(list), flags=first.bins["flags"].map(list)),
+        second.bins.assign(items=second.bins["items"].map(list), flags=second.bins["flags"].map(list)),
+    )
+
+
+def test_a_changed_photo_is_read_again_and_only_it(
+    config: BinsConfig, photos_read: list[str], bin_photo: Callable[..., bytes]
+) -> None:
+    before = build_manifest(config)
+    photos_read.clear()
+    (root_of(config) / "bin-images" / "00007.jpg").write_bytes(bin_photo("another", size=(30, 20)))
+    after = build_manifest(config)
+    assert photos_read == ["00007"]
+    assert after.fingerprint != before.fingerprint
+    assert after.bins.set_index("id").loc["00007", "width"] == 30
+    assert (after.bins["hash"] != before.bins["hash"]).sum() == 1
+
+
+def test_a_photo_of_the_same_size_is_noticed_by_its_time(config: BinsConfig, photos_read: list[str]) -> None:
+    build_manifest(config)
+    photos_read.clear()
+    photo = root_of(config) / "bin-images" / "00003.jpg"
+    os.utime(photo, ns=(0, photo.stat().st_mtime_ns + 1))
+    build_manifest(config)
+    assert photos_read == ["00003"]
+
+
+def test_a_changed_record_is_noticed(config: BinsConfig, photos_read: list[str]) -> None:
+    before = build_manifest(config)
+    photos_read.clear()
+    (root_of(config) / "metadata" / "00001.json").write_text('{"EXPECTED_QUANTITY": 4}')
+    after = build_manifest(config)
+    assert photos_read == ["00001"]
+    assert after.bins["quantity"].iloc[0] == 4
+    assert list(after.bins["flags"].iloc[0]) == ["record_disagrees", "no_items"]
+    assert after.fingerprint != before.fingerprint
+
+
+def test_bins_that_come_and_go_are_noticed(
+    config: BinsConfig, photos_read: list[str], write_bin: Callable[..., None]
+) -> None:
+    before = build_manifest(config)
+    photos_read.clear()
+    write_bin(root_of(config), "90000", 2)
+    more = build_manifest(config)
+    assert (photos_read, len(more.bins)) == (["90000"], 41)
+    kept = more.bins[more.bins["id"] != "90000"]
+    assert kept["split"].tolist() == before.bins["split"].tolist()
+    for file in ("bin-images/90000.jpg", "metadata/90000.json"):
+        (root_of(config) / file).unlink()
+    assert build_manifest(config).fingerprint == before.fingerprint
+
+
+def test_a_fingerprint_is_of_the_data_not_of_its_place_or_order(
+    config: BinsConfig, tmp_path: Path, write_bin: Callable[..., None]
+) -> None:
+    for number, quantity in reversed([*enumerate(QUANTITIES, 1)]):
+        write_bin(tmp_path / "elsewhere", f"{number:05d}", quantity)
+    first = build_manifest(config)
+    moved = build_manifest(dataclasses.replace(config, root=str(tmp_path / "elsewhere")))
+    assert moved.fingerprint == first.fingerprint
+    assert moved.folder != first.folder
+    for changed in (
+        dataclasses.replace(config, task="1-4"),
+        dataclasses.replace(config, split=SplitConfig(seed=1)),
+        dataclasses.replace(config, split=SplitConfig(fractions=(0.5, 0.2, 0.3))),
+    ):
+        assert build_manifest(changed).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "other columns", "other types", "empty"])
+def test_a_damaged_memory_is_no_memory(config: BinsConfig, photos_read: list[str], damage: str) -> None:
+    fingerprint = build_manifest(config).fingerprint
+    memory = build_manifest(config).folder / "checked.parquet"
+    whole = memory.read_bytes()
+    if damage == "garbage":
+        memory.write_bytes(b"no parquet" * 100)
+    elif damage == "cut":
+        memory.write_bytes(whole[: len(whole) // 2])
+    elif damage == "other columns":
+        pd.DataFrame({"id": ["00001"], "stamp": ["x"]}).to_parquet(memory)
+    elif damage == "other types":
+        pd.read_parquet(memory).assign(quantity=[["many"]] * 40).to_parquet(memory)
+    else:
+        memory.write_bytes(b"")
+    photos_read.clear()
+    assert build_manifest(config).fingerprint == fingerprint
+    assert len(photos_read) == 40
+    photos_read.clear()
+    build_manifest(config)  # and it is mended
+    assert photos_read == []
+
+
+def test_other_checks_than_the_remembered_ones_read_all_again(
+    config: BinsConfig, photos_read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_manifest(config)
+    photos_read.clear()
+    monkeypatch.setattr(manifest_module, "CHECKS_VERSION", manifest_module.CHECKS_VERSION + 1)
+    build_manifest(config)
+    assert len(photos_read) == 40
+
+
+def test_quantities_outside_the_task_are_counted_and_left_out(config: BinsConfig) -> None:
+    manifest = build_manifest(dataclasses.replace(config, task="2-3"))
+    assert set(manifest.bins["quantity"]) == {2, 3}
+    assert (len(manifest.bins), manifest.outside, len(manifest.rejected)) == (16, 24, 0)
+    with pytest.raises(StocktakeError, match=r"--task 6-9 matches no bin of .*: its quantities are 1 to 5"):
+        build_manifest(dataclasses.replace(config, task="6-9"))
+
+
+def test_counts_have_a_cell_for_each_quantity_and_split(config: BinsConfig) -> None:
+    manifest = build_manifest(dataclasses.replace(config, task="0-5"))
+    counts = manifest.counts()
+    assert (list(counts.index), list(counts.columns)) == ([0, 1, 2, 3, 4, 5], ["train", "val", "test"])
+    assert counts.loc[0].sum() == 0
+    assert counts.to_numpy().sum() == 40
+    assert counts["val"].sum() == len(manifest.split("val"))
+    assert {(split, label): n for split, label, n in manifest.counted()} == {
+        (split, label): counts.loc[label, split] for split in counts.columns for label in counts.index
+    }
+
+
+def test_a_list_names_the_bins_to_use(config: BinsConfig, tmp_path: Path, photos_read: list[str]) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"1": ["data/metadata/00001.json"], "2": ["data/metadata/00007.json", "x/77777.json"]}))
+    manifest = build_manifest(dataclasses.replace(config, list=str(path)))
+    assert manifest.bins["id"].tolist() == ["00001", "00007"]
+    assert sorted(photos_read) == ["00001", "00007"]
+    assert reasons(manifest) == {"77777": "named by --list, but not in the root"}
+    written = pd.read_csv(manifest.folder / "set-aside.csv", dtype=str)
+    assert written["id"].tolist() == ["77777"]
+    photos_read.clear()
+    assert len(build_manifest(config).bins) == 40
+    assert len(photos_read) == 38  # the listed ones are remembered
+    photos_read.clear()
+    (root_of(config) / "metadata" / "00001.json").touch()
+    build_manifest(dataclasses.replace(config, list=str(path)))
+    build_manifest(config)
+    assert photos_read == ["00001"]  # and so are the others when only the listed ones are looked at
+
+
+def test_looks_stay_together_unless_split_by_id(config: BinsConfig, write_bin: Callable[..., None]) -> None:
+    for number in range(1, 41):
+        write_bin(root_of(config), f"{number:05d}b", 2, items=[f"item-{number:05d}"])
+    grouped = build_manifest(config).bins
+    assert grouped["group"].nunique() == 40
+    assert (grouped.groupby("group")["split"].nunique() == 1).all()
+    by_id = build_manifest(dataclasses.replace(config, split=SplitConfig(by="id"))).bins
+    assert (by_id["group"] == grouped["group"]).all()
+    assert (by_id.groupby("group")["split"].nunique() > 1).any()
+
+
+def test_the_same_photo_under_two_records_is_one_group(config: BinsConfig, write_bin: Callable[..., None]) -> None:
+    photo = (root_of(config) / "bin-images" / "00001.jpg").read_bytes()
+    write_bin(root_of(config), "90000", 3, photo=photo)
+    bins = build_manifest(config).bins.set_index("id")
+    assert bins.loc["90000", "group"] == "00001"
+
+
+def test_shares_of_the_second_seed(tmp_path: Path, make_root: Callable[..., Path]) -> None:
+    root = make_root(tmp_path / "root", [1, 2] * 150)
+    split = SplitConfig(fractions=(0.7, 0.2, 0.1))
+    bins = build_manifest(BinsConfig(root=str(root), workspace=str(tmp_path / "workspace"), split=split)).bins
+    shares = bins["split"].value_counts(normalize=True)
+    assert shares["train"] == pytest.approx(0.7, abs=0.08)
+    assert shares["val"] == pytest.approx(0.2, abs=0.08)
+    assert shares["test"] == pytest.approx(0.1, abs=0.06)
+
+
+def test_learning_needs_every_quantity_in_train_and_no_empty_split(
+    tmp_path: Path, make_root: Callable[..., Path]
+) -> None:
+    config = BinsConfig(root=str(make_root(tmp_path / "root", [1, 2, 2, 2, 2, 2])), workspace=str(tmp_path), task="1-2")
+    in_test = build_manifest(config)  # bin 00001 falls into test
+    with pytest.raises(StocktakeError, match=r"quantity 1 has no bin in the train split of .*narrow --task"):
+        in_test.require_train_classes()
+    others = build_manifest(dataclasses.replace(config, split=SplitConfig(fractions=(0.98, 0.01, 0.01))))
+    with pytest.raises(StocktakeError, match=r"the (val|test) split of .* is empty \(6 bins in all\)"):
+        others.require_train_classes()
+    enough = BinsConfig(root=str(make_root(tmp_path / "more", QUANTITIES)), workspace=str(tmp_path))
+    build_manifest(enough).require_train_classes()
+
+
+def test_a_bad_bin_is_set_aside_with_its_file_and_the_rest_is_used(
+    config: BinsConfig, write_bin: Callable[..., None]
+) -> None:
+    root = root_of(config)
+    write_bin(root, "91000", photo=b"")
+    write_bin(root, "91001", record=b"{")
+    write_bin(root, "91002")
+    (root / "bin-images" / "91002.jpg").unlink()
+    write_bin(root, "91003")
+    (root / "metadata" / "91003.json").unlink()
+    write_bin(root, "91004")
+    (root / "bin-images" / "91004.jpg").unlink()
+    (root / "bin-images" / "91004.jpg").mkdir()
+    manifest = build_manifest(config)
+    assert len(manifest.bins) == 40
+    aside = manifest.rejected.set_index("id")
+    assert aside["file"].to_dict() == {
+        "91000": "bin-images/91000.jpg",
+        "91001": "metadata/91001.json",
+        "91002": "bin-images/91002.jpg",
+        "91003": "metadata/91003.json",
+        "91004": "bin-images/91004.jpg",
+    }
+    assert aside.loc["91000", "reason"] == "photo is empty"
+    assert aside.loc["91001", "reason"].startswith("record is not JSON")
+    assert aside.loc["91002", "reason"] == aside.loc["91003", "reason"] == "file is missing"
+    assert aside.loc["91004", "reason"] == "file cannot be read: Is a directory"
+    assert build_manifest(config).rejected.equals(manifest.rejected)
+
+
+def test_a_mended_bin_is_used(config: BinsConfig, write_bin: Callable[..., None]) -> None:
+    write_bin(root_of(config), "91000", photo=b"")
+    assert reasons(build_manifest(config)) == {"91000": "photo is empty"}
+    write_bin(root_of(config), "91000")
+    assert "91000" in build_manifest(config).bins["id"].tolist()
+
+
+def test_any_text_in_a_record_can_be_remembered(config: BinsConfig, write_bin: Callable[..., None]) -> None:
+    record = rb'{"EXPECTED_QUANTITY": 1, "BIN_FCSKU_DATA": {"\ud800, \u0000 \n \"": {"quantity": 1}}}'
+    write_bin(root_of(config), "91000", record=record)
+    assert "91000" in build_manifest(config).bins["id"].tolist()
+    assert "91000" in build_manifest(config).bins["id"].tolist()
+
+
+@pytest.mark.parametrize("in_the_way", ["manifest.parquet", "set-aside.csv", "checked.parquet"])
+def test_a_workspace_that_cannot_be_written_is_named(config: BinsConfig, in_the_way: str) -> None:
+    """A folder where a file should be: refused to any user, root too."""
+    place = build_manifest(config).folder / in_the_way
+    place.unlink()
+    place.mkdir()
+    (place / "kept").touch()
+    with pytest.raises(StocktakeError, match=f"--workspace {config.workspace} cannot be written .*another folder"):
+        build_manifest(config)
+    assert not list(place.parent.glob("*.part"))
+
+
+def test_an_upright_size_is_told_of_a_rotated_photo(
+    config: BinsConfig, write_bin: Callable[..., None], bin_photo: Callable[..., bytes]
+) -> None:
+    write_bin(root_of(config), "91000", photo=bin_photo(1, orientation=6))
+    row = build_manifest(config).bins.set_index("id").loc["91000"]
+    assert (row["width"], row["height"], list(row["flags"])) == (40, 48, ["exif_rotated"])
+
+
+def test_with_no_root_a_synthetic_one_is_made(tmp_path: Path) -> None:
+    config = BinsConfig(workspace=str(tmp_path))
+    config.synthetic.count, config.synthetic.size = 12, 32
+    manifest = build_manifest(dataclasses.replace(config, task="0-99"))
+    assert len(manifest.bins) == 12
+    assert Path(manifest.source.root).is_relative_to(tmp_path)
+    with Image.open(next((Path(manifest.source.root) / "bin-images").iterdir())) as photo:
+        assert min(photo.size) == 32

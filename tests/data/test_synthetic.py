@@ -1,0 +1,228 @@
+"""The synthetic root: the public layout, the public dataset's statistics, the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stocktake.config import SyntheticConfig
+from stocktake.data.synthetic import MARKER, QUANTITIES, UNFINISHED, _photo, _plans, make_synthetic_root
+from stocktake.errors import StocktakeError
+
+COUNT = 60
+CONFIG = SyntheticConfig(count=COUNT, seed=3)
+FIELDS = {"asin", "height", "length", "name", "normalizedName", "quantity", "weight", "width"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_synthetic_root(tmp_path_factory.mktemp("synthetic") / "root", CONFIG, workers=1)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return list(islice(_plans(SyntheticConfig(seed=0)), 3000))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_layout_is_the_public_buckets(root: Path) -> None:
+    ids = [f"{k:05d}" for k in range(1, COUNT + 1)]
+    expected = [f"bin-images/{i}.jpg" for i in ids] + [f"metadata/{i}.json" for i in ids] + [MARKER]
+    assert list(contents(root)) == sorted(expected)
+
+
+def test_marker_holds_the_config(root: Path) -> None:
+    marker = json.loads((root / MARKER).read_text())
+    assert marker["config"] == {"count": COUNT, "seed": 3, "size": 224}
+    assert isinstance(marker["renderer"], int)
+
+
+def test_other_workers_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    again = make_synthetic_root(tmp_path / "again", CONFIG, workers=2, progress=told.append)
+    assert contents(again) == contents(root)
+    assert sum(told) == COUNT
+
+
+def test_a_longer_root_begins_with_the_shorter_one(root: Path, tmp_path: Path) -> None:
+    short = contents(make_synthetic_root(tmp_path / "short", SyntheticConfig(count=5, seed=3), workers=1))
+    whole = contents(root)
+    assert all(whole[name] == content for name, content in short.items() if name != MARKER)
+
+
+def test_another_seed_draws_other_photos(plans) -> None:
+    other = next(_plans(SyntheticConfig(seed=1)))
+    assert _photo(other) != _photo(plans[0])
+    assert other.record != plans[0].record
+
+
+def test_a_finished_root_is_left_alone(root: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    told: list[int] = []
+    assert make_synthetic_root(root, CONFIG, progress=told.append) == root
+    assert told == []
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+
+
+def test_a_root_whose_making_was_killed_is_completed(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    calls: list[int] = []
+
+    def interrupt(written: int) -> None:
+        calls.append(written)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_synthetic_root(folder, CONFIG, workers=1, progress=interrupt)
+    assert not (folder / MARKER).exists()
+    done = sorted((folder / "bin-images").glob("*.jpg"))
+    assert 0 < len(done) < COUNT
+    done[0].write_bytes(b"")  # a renamed file that a power cut left empty
+    done[1].write_bytes(done[1].read_bytes()[:2000])
+    (folder / "metadata" / "00003.json").write_text("{")
+    (folder / "bin-images" / ".00001.jpg.99999.partial").write_bytes(b"half")
+
+    told: list[int] = []
+    make_synthetic_root(folder, CONFIG, workers=1, progress=told.append)
+    assert contents(folder) == contents(root)
+    assert sum(told) == COUNT - len(done) + 2
+
+
+@pytest.mark.parametrize("marker", [MARKER, UNFINISHED])
+def test_a_root_of_another_config_is_refused(root: Path, tmp_path: Path, marker: str) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / marker).write_bytes((root / MARKER).read_bytes())
+    with pytest.raises(StocktakeError, match=r"other.*another configuration.*name another folder"):
+        make_synthetic_root(folder, SyntheticConfig(count=COUNT, seed=4))
+    assert list(contents(folder)) == [marker]
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bin-images").mkdir()
+    (tmp_path / "bin-images" / "00001.jpg").write_bytes(b"somebody's")
+    with pytest.raises(StocktakeError, match=r"not empty and has no synthetic\.json"):
+        make_synthetic_root(tmp_path, CONFIG)
+    assert contents(tmp_path) == {"bin-images/00001.jpg": b"somebody's"}
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("x")
+    with pytest.raises(StocktakeError, match="is a file"):
+        make_synthetic_root(tmp_path / "root", CONFIG)
+
+
+def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StocktakeError, match=r"synthetic\.seed -1"):
+        make_synthetic_root(tmp_path / "root", SyntheticConfig(seed=-1))
+    assert not (tmp_path / "root").exists()
+
+
+def test_photos_decode_in_the_real_sizes(root: Path) -> None:
+    sizes = []
+    for path in sorted((root / "bin-images").iterdir()):
+        with Image.open(path) as photo:
+            photo.load()
+            assert photo.mode == "RGB"
+            sizes.append(photo.size)
+    square = [size for size in sizes if size == (224, 224)]
+    assert 0.25 * COUNT < len(square) < 0.75 * COUNT
+    for width, height in sizes:
+        assert min(width, height) == 224
+        assert max(width, height) <= 1.8 * 224
+
+
+@pytest.mark.parametrize(("size", "photos"), [(32, 100), (64, 100), (96, 100), (512, 6), (1024, 6)])
+def test_every_allowed_size_is_drawn(size: int, photos: int) -> None:
+    for plan in islice(_plans(SyntheticConfig(size=size)), photos):
+        assert min(Image.open(io.BytesIO(_photo(plan))).size) == size
+
+
+def test_photos_have_the_real_ones_light_and_colour(root: Path) -> None:
+    """Over the public photos: mean red 103..167, green 87..142, blue 72..110 (5 % to 95 %), spread 26..45."""
+    means, spreads = [], []
+    for path in sorted((root / "bin-images").iterdir()):
+        pixels = np.asarray(Image.open(path), np.float64)
+        means.append(pixels.mean((0, 1)))
+        spreads.append(pixels.std())
+    red, green, blue = np.median(means, 0)
+    assert 115 < red < 150
+    assert 97 < green < 130
+    assert 75 < blue < 105
+    assert 28 < np.median(spreads) < 45
+    assert np.std(np.mean(means, 1)) > 8, "exposure varies"
+    assert all(mean[0] > mean[2] for mean in means), "the fabric is yellow"
+
+
+def test_records_have_the_public_fields(plans) -> None:
+    entries = [entry for plan in plans for entry in plan.record["BIN_FCSKU_DATA"].values()]
+    for plan in plans:
+        assert set(plan.record) == {"BIN_FCSKU_DATA", "EXPECTED_QUANTITY"}
+        assert all(key == entry["asin"] for key, entry in plan.record["BIN_FCSKU_DATA"].items())
+    assert {frozenset(entry) for entry in entries} == {frozenset(FIELDS), frozenset(FIELDS - {"normalizedName"})}
+    assert all(entry["height"] is None or entry["height"]["unit"] == "IN" for entry in entries)
+    gaps = Counter(key for entry in entries for key in FIELDS if entry.get(key) is None)
+    assert 0.01 < gaps["weight"] / len(entries) < 0.035
+    assert 0.001 < gaps["normalizedName"] / len(entries) < 0.01
+    assert gaps["name"] / len(entries) < 0.002
+
+
+def test_quantities_sum_but_for_a_few_wrong_records(plans) -> None:
+    wrong = 0
+    for plan in plans:
+        counted = sum(entry["quantity"] for entry in plan.record["BIN_FCSKU_DATA"].values())
+        assert plan.record["EXPECTED_QUANTITY"] == len(plan.poses)
+        wrong += counted != len(plan.poses)
+    assert wrong / len(plans) < 0.003
+
+
+def test_quantities_are_distributed_as_in_the_public_dataset(plans) -> None:
+    found = np.bincount([min(6, plan.record["EXPECTED_QUANTITY"]) for plan in plans], minlength=7)
+    public = np.array([*QUANTITIES[:6], sum(QUANTITIES[6:])])
+    expected = public / public.sum() * len(plans)
+    # Looks at one bin depend on one another, so this is looser than independence would allow.
+    assert ((found - expected) ** 2 / expected).sum() < 60
+    assert np.abs(found / len(plans) - expected / len(plans)).max() < 0.03
+
+
+def test_neighbouring_ids_are_often_one_bin_before_and_after_an_event(plans) -> None:
+    changes: Counter[int] = Counter()
+    shared: list[bool] = []
+    twins: set[int] = set()
+    for k, (one, two) in enumerate(itertools.pairwise(plans)):
+        if one.compartment != two.compartment:
+            assert not set(one.record["BIN_FCSKU_DATA"]) & set(two.record["BIN_FCSKU_DATA"])
+            continue
+        changes[two.record["EXPECTED_QUANTITY"] - one.record["EXPECTED_QUANTITY"]] += 1
+        a, b = set(one.record["BIN_FCSKU_DATA"]), set(two.record["BIN_FCSKU_DATA"])
+        shared.append(2 * len(a & b) >= max(len(a), len(b)) if a and b else True)  # an emptied bin has nothing to share
+        twins |= {k, k + 1}
+    pairs = changes.total()
+    assert 0.4 < len(twins) / len(plans) < 0.6
+    assert np.mean(shared) > 0.98
+    assert 0.45 < changes[-1] / pairs < 0.62
+    assert 0.22 < changes[1] / pairs < 0.38
+    assert changes[0] == 0
+
+
+def test_twins_look_alike_and_strangers_do_not(plans) -> None:
+    def tiny(plan) -> np.ndarray:
+        pixels = np.asarray(Image.open(io.BytesIO(_photo(plan))).resize((16, 16)), np.float64)
+        return (pixels - pixels.mean()) / pixels.std()
+
+    pairs = list(islice(((a, b) for a, b in itertools.pairwise(plans) if a.compartment == b.compartment), 12))
+    twins = [np.abs(tiny(a) - tiny(b)).mean() for a, b in pairs]
+    strangers = [np.abs(tiny(a) - tiny(b)).mean() for (a, _), (b, _) in itertools.pairwise(pairs) if a is not b]
+    assert np.median(twins) < 0.75 * np.median(strangers)
+    assert min(twins) > 0
