@@ -14,14 +14,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
-.uv/bin/uv:
+.uv/bin/uv: requirements-build.lock
 	python3 -m venv .uv
-	.uv/bin/pip install --quiet uv
+	.uv/bin/pip install --quiet --require-hashes -r requirements-build.lock
 
-$(VENV)/ready: requirements.lock pyproject.toml | $(UV)
+$(VENV)/ready: requirements.lock requirements-build.lock pyproject.toml | $(UV)
 	test -x $(BIN)/python || $(UV) venv --python 3.11 $(VENV)
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip sync --quiet --compile-bytecode requirements.lock
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --no-deps --editable .
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip sync --quiet --compile-bytecode --require-hashes requirements.lock requirements-build.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 setup: $(VENV)/ready ## make the environment in .venv from requirements.lock
@@ -48,11 +48,15 @@ format: setup ## format the code
 	ruff check --fix .
 	ruff format .
 
-PIN = $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+PIN = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	--no-emit-index-url --quiet
-lock: $(UV) ## pin every dependency anew, with hashes, for all platforms; those of the serving image are among them
-	$(PIN) --all-extras --group dev --upgrade --output-file requirements.lock
-	$(PIN) --extra serving --constraint requirements.lock --output-file deploy/container/requirements.lock
+lock: $(UV) ## pin every dependency anew, with hashes, for all platforms: development, build, both images
+	$(PIN) pyproject.toml --all-extras --group dev --upgrade --output-file requirements.lock
+	$(PIN) --group build --upgrade --constraint requirements.lock --output-file requirements-build.lock
+	$(PIN) pyproject.toml --extra serving --constraint requirements.lock \
+		--output-file deploy/images/serving/requirements.lock
+	$(PIN) pyproject.toml --extra training --extra serving --extra aws --extra managed-mlflow \
+		--constraint requirements.lock --output-file deploy/images/training/requirements.lock
 	digest=$$(python3 -c "import hashlib; print(hashlib.sha256(open('requirements.lock','rb').read()).hexdigest()[:16])") \
 		&& sed -i.bak "s/sha256 [0-9a-f]*/sha256 $$digest/" conda.yaml && rm conda.yaml.bak
 

@@ -23,7 +23,7 @@ ROOT, RUN = "STOCKTAKE_ROOT", "MLFLOW_RUN_ID"
 GIVEN = {"root": ROOT, "list": "STOCKTAKE_LIST", "weights": "STOCKTAKE_WEIGHTS"}
 """Settings that are paths, and the variables by which a job knows them as whoever has started it does."""
 HOSTS = "STOCKTAKE_HOSTS"
-# What deploy/container/training/train does in an image of ours: this way a job runs in any image with Python.
+# What deploy/images/training/train does in an image of ours: this way a job runs in any image with Python.
 _START = (
     "d=${SAGEMAKER_BASE_DIR:-/opt/ml}; mkdir -p $d/code && tar -xzf $d/input/data/code/source.tar.gz -C $d/code "
     "&& exec sh $d/code/deploy/start_job.sh"

@@ -33,7 +33,7 @@ class JobSettings:
     """s3://bucket/prefix for code, files, checkpoints and output."""
     image: str
     """Container image with Python 3.11 or later; what requirements.lock lists is installed into it if it is missing.
-    For tune one that starts with deploy/container/training/train."""
+    For tune one that starts with deploy/images/training/train."""
     region: str | None = None
     """AWS region. Default: AWS_DEFAULT_REGION, or the profile's."""
     instance_type: str = "ml.m5.xlarge"
