@@ -141,7 +141,7 @@ def same(told: dict[str, Any], count: Prediction) -> bool:
     return (
         told["quantity"] == count.quantity
         and told["model_version"] == count.model_version
-        and told["quantities"] == list(count.quantities)
+        and told["likely_quantities"] == list(count.likely_quantities)
         and told["probabilities"].keys() == shares.keys()
         and all(abs(told["probabilities"][quantity] - share) < 1e-5 for quantity, share in shares.items())
         and abs(told["confidence"] - count.confidence) < 1e-5

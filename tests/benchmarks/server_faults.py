@@ -41,7 +41,7 @@ def main() -> None:
         if options.model is None:
             export_model(create_network((1, 2, 3), 64, PLAIN_BACKBONE, "none", seed=1).eval(), folder)
         photos = [draw_bin(1 + number % 3, number, size=160) for number in range(30)]
-        expected = [count.probabilities for count in Predictor(folder).count(photos)]
+        expected = [count.probabilities for count in Predictor(folder).predict(photos)]
 
         def right(told: dict[str, Any], number: int) -> bool:
             shares = expected[number]

@@ -81,7 +81,7 @@ def test_a_model_is_deployed_updated_and_rolled_back(deploy: Callable[..., Any],
     assert "smoke test: 16 photos answered as by the model itself" in ended.out
     assert f"page:   {first.address}/\n" in ended.out
     assert f"{first.address}/invocations" in ended.out
-    assert Client(first.address).count(draw_bin(1, 1)).model_version == Predictor(exported).version
+    assert Client(first.address).predict(draw_bin(1, 1)).model_version == Predictor(exported).version
 
     ended = deploy("--model", str(other), "--smoke", "4")
     assert ended.code == 0, ended.err
@@ -103,7 +103,7 @@ def test_a_model_is_deployed_updated_and_rolled_back(deploy: Callable[..., Any],
         second.settings,
         str(other),
     )
-    assert Client(back.address).count(draw_bin(1, 1)).model_version == second.version
+    assert Client(back.address).predict(draw_bin(1, 1)).model_version == second.version
 
     ended = deploy(*failing, "--on_failure", "keep")
     assert ended.code == 2

@@ -57,9 +57,9 @@ def test_photos_and_folders_are_counted_in_order(predict: Callable[..., Any], ex
     assert rows[0] == rows[2]
     counter = Predictor(exported)
     for row, photo in zip(rows, (draw_bin(2, 732), draw_bin(1, 731)), strict=False):
-        (own,) = counter.count([photo])
+        (own,) = counter.predict([photo])
         assert (row["quantity"], row["model_version"]) == (own.quantity, counter.version)
-        assert row["quantities"] == list(own.quantities)
+        assert row["likely_quantities"] == list(own.likely_quantities)
         assert row["confidence"] == pytest.approx(own.confidence, abs=1e-4)
         assert row["probabilities"] == pytest.approx(
             {str(quantity): share for quantity, share in own.probabilities.items()}, abs=1e-4
@@ -70,7 +70,7 @@ def test_photos_and_folders_are_counted_in_order(predict: Callable[..., Any], ex
 
 def test_records_are_checked_against_their_photos(predict: Callable[..., Any], exported: Path, here: Path) -> None:
     """A CSV's rows keep their order and columns; paths are relative to it."""
-    (seen,) = Predictor(exported).count([draw_bin(1, 731)])
+    (seen,) = Predictor(exported).predict([draw_bin(1, 731)])
     wrong = seen.quantity % 3 + 1
     (here / "photos" / "records.csv").write_text(
         "\ufeffbin,photo,quantity,confidence\n"
@@ -101,7 +101,7 @@ def test_a_record_is_to_be_recounted_when_it_is_not_even_likely(
     """Of a record that the model cannot count to it says nothing."""
     sure = tmp_path / "sure"
     shutil.copytree(exported, sure)
-    (seen,) = Predictor(exported).count([draw_bin(1, 731)])
+    (seen,) = Predictor(exported).predict([draw_bin(1, 731)])
     least, second, best = sorted(seen.probabilities, key=seen.probabilities.__getitem__)
     threshold = (seen.probabilities[least] + seen.probabilities[second]) / 2
     description = json.loads((sure / "model.json").read_text())

@@ -96,7 +96,7 @@ def test_mlflow_loads_the_model_there(installed: Installed, model_folder: Path, 
         "row = model.predict(pd.DataFrame({'photo': [pathlib.Path(sys.argv[2]).read_bytes()]})).iloc[0]\n"
         "print(int(row.quantity), round(float(row.confidence), 4))\n"
     )
-    (expected,) = Predictor(model_folder).count([photo])
+    (expected,) = Predictor(model_folder).predict([photo])
     said = installed.run(code, str(model_folder), str(tmp_path / "photo.jpg"))
     assert said == f"{expected.quantity} {round(expected.confidence, 4)}"
 
@@ -125,7 +125,7 @@ def test_it_starts_as_sagemaker_starts_it_and_ends_when_told(
         request = urllib.request.Request(f"{address}/invocations", photo, {"Content-Type": "image/jpeg"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             said = json.load(answer)
-        (expected,) = Predictor(model_folder).count([photo])
+        (expected,) = Predictor(model_folder).predict([photo])
         assert said["quantity"] == expected.quantity
         assert said["confidence"] == pytest.approx(expected.confidence, abs=1e-4)
         server.send_signal(signal.SIGTERM)

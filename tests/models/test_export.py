@@ -21,9 +21,9 @@ from tiny_bins import tiny_model
 
 def exported(model: CountingModel, folder: Path) -> onnxruntime.InferenceSession:
     export_model(model, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "counter.onnx"], "no weights beside it"
-    onnx.checker.check_model(onnx.load(folder / "counter.onnx"))
-    return onnxruntime.InferenceSession(folder / "counter.onnx", providers=["CPUExecutionProvider"])
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.onnx"], "no weights beside it"
+    onnx.checker.check_model(onnx.load(folder / "model.onnx"))
+    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
 
 def assert_same_logits(model: CountingModel, session: onnxruntime.InferenceSession) -> None:

@@ -13,7 +13,7 @@ __all__ = ["few_bins", "sqlite_store", "tiny_bench", "tiny_root", "tiny_settings
 
 
 @pytest.fixture(scope="session")
-def counter_folder(few_bins, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_model(few_bins, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model of the tiny root: read only."""
     folder = tmp_path_factory.mktemp("counter") / "exported"
     export_model(tiny_model("pca_svm", few_bins), folder)

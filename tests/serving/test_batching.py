@@ -42,8 +42,8 @@ class HeldCounter(Predictor):
 
 
 @pytest.fixture
-def counter(counter_folder: Path) -> HeldCounter:
-    return HeldCounter(counter_folder)
+def counter(exported_model: Path) -> HeldCounter:
+    return HeldCounter(exported_model)
 
 
 def batched(
@@ -70,7 +70,7 @@ def check(outcome: Any, expected: Prediction) -> None:
 
 
 def test_photos_that_wait_share_a_pass_and_each_gets_its_own_answer(counter: HeldCounter) -> None:
-    expected = counter.count(PHOTOS)
+    expected = counter.predict(PHOTOS)
     sizes: list[int] = []
 
     async def use(batcher: Batcher) -> None:
@@ -101,7 +101,7 @@ def test_a_photo_alone_does_not_wait(counter: HeldCounter) -> None:
 
 
 def test_photos_of_one_request_stay_in_order_beside_bad_ones(counter: HeldCounter) -> None:
-    expected = counter.count(PHOTOS)
+    expected = counter.predict(PHOTOS)
 
     async def use(batcher: Batcher) -> None:
         outcomes = await batcher.submit([PHOTOS[0], b"no photo", *PHOTOS[1:], PHOTOS[0][:400], b""])

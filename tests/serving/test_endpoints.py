@@ -41,18 +41,18 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def other_folder(counter_folder: Path, tmp_path: Path) -> Path:
+def other_folder(exported_model: Path, tmp_path: Path) -> Path:
     """Another model: the same one, less sure of itself."""
-    folder = Path(shutil.copytree(counter_folder, tmp_path / "other"))
+    folder = Path(shutil.copytree(exported_model, tmp_path / "other"))
     description = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(description | {"calibration": {"temperature": 3.0}}))
     return folder
 
 
 @pytest.fixture
-def broken_folder(counter_folder: Path, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(counter_folder, tmp_path / "broken"))
-    (folder / "counter.onnx").write_bytes(b"no graph")
+def broken_folder(exported_model: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(exported_model, tmp_path / "broken"))
+    (folder / "model.onnx").write_bytes(b"no graph")
     return folder
 
 
@@ -72,10 +72,10 @@ def ended(pids: tuple[int, ...]) -> bool:
     return not any(deployment.process_start(pid) for pid in pids)
 
 
-def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, counter_folder: Path) -> None:
-    created = create(counter_folder, workers=2)
+def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, exported_model: Path) -> None:
+    created = create(exported_model, workers=2)
     assert (created.status, created.generation, created.error) == ("serving", 1, None)
-    assert created.version == Predictor(counter_folder).version
+    assert created.version == Predictor(exported_model).version
     assert len(created.workers) == 2
     assert state.stat().st_mode & 0o777 == 0o700
     assert (state / "bins").stat().st_mode & 0o777 == 0o700
@@ -85,11 +85,11 @@ def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, count
     assert found == [created.address, str(created.pid)]
     assert endpoints.list_endpoints() == [created]
 
-    answer = Client(created.address).count(PHOTO)
-    (own,) = Predictor(counter_folder).count([PHOTO])
+    answer = Client(created.address).predict(PHOTO)
+    (own,) = Predictor(exported_model).predict([PHOTO])
     assert (answer.quantity, answer.model_version) == (own.quantity, own.model_version)
     assert answer.probabilities == pytest.approx(own.probabilities, abs=1e-4)
-    several = list(Client(created.address).count_all([PHOTO, b"no photo", PHOTO]))
+    several = list(Client(created.address).predict_all([PHOTO, b"no photo", PHOTO]))
     assert several[0] == several[2]
     assert isinstance(several[1], PhotoError)
 
@@ -101,15 +101,15 @@ def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, count
     with pytest.raises(StocktakeError, match=r"there is no endpoint bins .*there are: none"):
         endpoints.get("bins")
     with pytest.raises(StocktakeError, match="does not answer"):
-        Client(created.address).count(PHOTO)
+        Client(created.address).predict(PHOTO)
 
 
-def test_a_full_server_is_asked_again(state: Path, counter_folder: Path) -> None:
-    created = create(counter_folder, max_queue=1)
+def test_a_full_server_is_asked_again(state: Path, exported_model: Path) -> None:
+    created = create(exported_model, max_queue=1)
     client = Client(created.address)
 
     def was_full() -> bool:
-        answers = list(client.count_all([PHOTO] * 8, at_once=8))
+        answers = list(client.predict_all([PHOTO] * 8, at_once=8))
         assert [type(answer) for answer in answers] == [Prediction] * 8
         return '"status": 503' in created.log.read_text()
 
@@ -166,10 +166,10 @@ class Load:
 
 
 def test_an_update_drops_no_request_and_a_failing_one_changes_nothing(
-    state: Path, counter_folder: Path, other_folder: Path, broken_folder: Path
+    state: Path, exported_model: Path, other_folder: Path, broken_folder: Path
 ) -> None:
-    first, second = Predictor(counter_folder).version, Predictor(other_folder).version
-    created = create(counter_folder, workers=2)
+    first, second = Predictor(exported_model).version, Predictor(other_folder).version
+    created = create(exported_model, workers=2)
     load = Load(created.address)
     try:
         load.go_on(first)
@@ -206,8 +206,8 @@ def test_an_update_drops_no_request_and_a_failing_one_changes_nothing(
         assert set(versions[start:]) == {second}
 
 
-def test_a_killed_worker_is_replaced(state: Path, counter_folder: Path) -> None:
-    created = create(counter_folder, workers=2)
+def test_a_killed_worker_is_replaced(state: Path, exported_model: Path) -> None:
+    created = create(exported_model, workers=2)
     (killed, other), client = created.workers, Client(created.address)
     os.kill(killed, signal.SIGKILL)
     replaced = wait_for(
@@ -215,15 +215,15 @@ def test_a_killed_worker_is_replaced(state: Path, counter_folder: Path) -> None:
         "another worker",
     )
     assert other in replaced
-    client.count(PHOTO)
+    client.predict(PHOTO)
     os.kill(other, signal.SIGKILL)
     os.kill(next(pid for pid in replaced if pid != other), signal.SIGKILL)
-    client.count(PHOTO)  # waits in the socket's queue until a worker is back
+    client.predict(PHOTO)  # waits in the socket's queue until a worker is back
     assert "signal SIGKILL" in created.log.read_text()
 
 
-def test_a_killed_supervisor_is_dead_and_an_update_revives_it(state: Path, counter_folder: Path) -> None:
-    created = create(counter_folder)
+def test_a_killed_supervisor_is_dead_and_an_update_revives_it(state: Path, exported_model: Path) -> None:
+    created = create(exported_model)
     assert created.pid
     os.kill(created.pid, signal.SIGKILL)
     wait_for(lambda: ended((created.pid or 0, *created.workers)), "its end, and that of its workers")
@@ -232,14 +232,14 @@ def test_a_killed_supervisor_is_dead_and_an_update_revives_it(state: Path, count
     assert dead.error is not None
     assert "update starts it again" in dead.error
     with pytest.raises(StocktakeError, match="dead: an update starts it again"):
-        create(counter_folder)
+        create(exported_model)
     revived = endpoints.update("bins")
     assert (revived.status, revived.address, revived.version) == ("serving", created.address, created.version)
-    assert Client(revived.address).count(PHOTO).model_version == created.version
+    assert Client(revived.address).predict(PHOTO).model_version == created.version
 
 
-def test_one_that_was_told_to_end_is_stopped_and_can_be_deleted(state: Path, counter_folder: Path) -> None:
-    created = create(counter_folder)
+def test_one_that_was_told_to_end_is_stopped_and_can_be_deleted(state: Path, exported_model: Path) -> None:
+    created = create(exported_model)
     assert created.pid
     os.kill(created.pid, signal.SIGTERM)
     wait_for(lambda: endpoints.get("bins").pid is None, "its end")
@@ -249,14 +249,14 @@ def test_one_that_was_told_to_end_is_stopped_and_can_be_deleted(state: Path, cou
 
 
 def test_a_failed_start_shows_its_log_and_leaves_nothing(
-    state: Path, counter_folder: Path, broken_folder: Path
+    state: Path, exported_model: Path, broken_folder: Path
 ) -> None:
     for attempt, said in (
         (lambda: create(broken_folder), r"(?s)bins did not come up: .*damaged.*its log ended with"),
         (lambda: create(state.parent / "nowhere"), "holds no exported model"),
-        (lambda: create(counter_folder, wrokers=2), "'wrokers' is no setting of a server"),
-        (lambda: create(counter_folder, workers="many"), "workers many must be of type int"),
-        (lambda: create(counter_folder, host="192.0.2.1"), "cannot listen on host 192.0.2.1"),
+        (lambda: create(exported_model, wrokers=2), "'wrokers' is no setting of a server"),
+        (lambda: create(exported_model, workers="many"), "workers many must be of type int"),
+        (lambda: create(exported_model, host="192.0.2.1"), "cannot listen on host 192.0.2.1"),
     ):
         with pytest.raises(StocktakeError, match=said):
             attempt()
@@ -267,23 +267,23 @@ def test_a_failed_start_shows_its_log_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "a b", "x" * 64])
-def test_a_name_that_is_no_folder_is_refused(name: str, state: Path, counter_folder: Path) -> None:
+def test_a_name_that_is_no_folder_is_refused(name: str, state: Path, exported_model: Path) -> None:
     with pytest.raises(StocktakeError, match="is no name of an endpoint"):
-        create(counter_folder, name)
+        create(exported_model, name)
     assert endpoints.list_endpoints() == []
 
 
-def test_of_two_that_take_a_name_at_once_one_wins(state: Path, counter_folder: Path) -> None:
+def test_of_two_that_take_a_name_at_once_one_wins(state: Path, exported_model: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
-        tries = [threads.submit(create, counter_folder) for _ in range(2)]
+        tries = [threads.submit(create, exported_model) for _ in range(2)]
     faults = [error for one in tries if (error := one.exception())]
     assert len(faults) == 1
     assert "there is an endpoint bins already" in str(faults[0])
-    assert Client(endpoints.get("bins").address).count(PHOTO)
+    assert Client(endpoints.get("bins").address).predict(PHOTO)
 
 
-def test_a_number_that_another_program_has_now_is_never_signalled(state: Path, counter_folder: Path) -> None:
-    created = create(counter_folder)
+def test_a_number_that_another_program_has_now_is_never_signalled(state: Path, exported_model: Path) -> None:
+    created = create(exported_model)
     assert created.pid
     os.kill(created.pid, signal.SIGKILL)
     wait_for(lambda: ended((created.pid or 0, *created.workers)), "its end, and that of its workers")
@@ -301,8 +301,8 @@ def test_a_number_that_another_program_has_now_is_never_signalled(state: Path, c
             bystander.kill()
 
 
-def test_the_log_is_bounded_and_a_folder_removed_by_hand_ends_the_server(state: Path, counter_folder: Path) -> None:
-    created = create(counter_folder)
+def test_the_log_is_bounded_and_a_folder_removed_by_hand_ends_the_server(state: Path, exported_model: Path) -> None:
+    created = create(exported_model)
     os.truncate(created.log, 11_000_000)
     older = created.log.with_name("server.log.1")
     wait_for(older.exists, "an older log")
@@ -312,8 +312,8 @@ def test_the_log_is_bounded_and_a_folder_removed_by_hand_ends_the_server(state: 
     wait_for(lambda: ended((created.pid or 0, *created.workers)), "the end of what nobody could find again")
 
 
-def test_damaged_files_are_told_with_the_way_out(state: Path, counter_folder: Path) -> None:
-    create(counter_folder)
+def test_damaged_files_are_told_with_the_way_out(state: Path, exported_model: Path) -> None:
+    create(exported_model)
     path = state / "bins" / "state.json"
     good = path.read_text()
     path.write_text("{")

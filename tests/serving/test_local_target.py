@@ -34,10 +34,10 @@ PHOTOS = [draw_bin(quantity, 720 + quantity) for quantity in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
-def saved(counter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(exported_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The MLflow model of the tiny counter."""
     folder = tmp_path_factory.mktemp("saved")
-    return save_pyfunc(Path(shutil.copytree(counter_folder, folder / FOLDER)), folder / "model", PHOTOS[0])
+    return save_pyfunc(Path(shutil.copytree(exported_model, folder / FOLDER)), folder / "model", PHOTOS[0])
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_mlflows_commands_from_create_to_delete(registered: str, state: Path, tm
     assert answer["model_version"] == {"0": "stocktake/1"}
 
     assert "Deployment bins is updated" in mlflow("update", *target, "-m", "models:/stocktake/2")
-    assert Client(created.address).count(PHOTOS[0]).model_version == "stocktake/2"
+    assert Client(created.address).predict(PHOTOS[0]).model_version == "stocktake/2"
     assert "Deployment bins is deleted" in mlflow("delete", *target)
     assert not (state / "bins").exists()
 
@@ -117,7 +117,7 @@ def test_run_local_and_its_help(saved: Path, state: Path) -> None:
                     if probe.connect_ex(("127.0.0.1", port)) == 0:
                         break
                 time.sleep(0.1)
-            assert Client(f"http://127.0.0.1:{port}").count(PHOTOS[0]).quantity in (1, 2, 3)
+            assert Client(f"http://127.0.0.1:{port}").predict(PHOTOS[0]).quantity in (1, 2, 3)
             assert endpoints.list_endpoints() == []
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
@@ -154,7 +154,7 @@ def test_the_client_describes_updates_and_deletes(client: Any, saved: Path, regi
 
 def test_photos_come_in_every_form(client: Any, saved: Path, tmp_path: Path) -> None:
     client.create_deployment("bins", str(saved), config={"port": 0})
-    expected = [count.quantity for count in Predictor(saved).count(PHOTOS)]
+    expected = [count.quantity for count in Predictor(saved).predict(PHOTOS)]
     paths = [tmp_path / f"{number}.jpg" for number in range(3)]
     for path, photo in zip(paths, PHOTOS, strict=True):
         path.write_bytes(photo)
@@ -166,7 +166,13 @@ def test_photos_come_in_every_form(client: Any, saved: Path, tmp_path: Path) -> 
     ):
         answers = client.predict("bins", inputs)
         assert list(answers["quantity"]) == expected
-        assert list(answers.columns) == ["quantity", "confidence", "probabilities", "quantities", "model_version"]
+        assert list(answers.columns) == [
+            "quantity",
+            "confidence",
+            "probabilities",
+            "likely_quantities",
+            "model_version",
+        ]
         assert all(sum(shares) == pytest.approx(1) for shares in answers["probabilities"])
     assert list(client.predict(endpoint="bins", inputs={"photo": PHOTOS[0]})["quantity"]) == expected[:1]
     for inputs, said in (

@@ -34,8 +34,8 @@ PHOTO = draw_bin(3, 700, size=160)
 
 
 @pytest.fixture(scope="module")
-def server(counter_folder: Path) -> Iterator[ServerProcess]:
-    with serving(counter_folder, page=True, max_request_bytes=500_000) as process:
+def server(exported_model: Path) -> Iterator[ServerProcess]:
+    with serving(exported_model, page=True, max_request_bytes=500_000) as process:
         yield process
 
 
@@ -78,8 +78,8 @@ def choose(opened: Any, name: str, mime: str, content: bytes) -> None:
 
 
 @pytest.mark.browser
-def test_a_photo_is_counted_and_explained(shown: Any, counter_folder: Path, tmp_path: Path) -> None:
-    (count,) = Predictor(counter_folder).count([PHOTO])
+def test_a_photo_is_counted_and_explained(shown: Any, exported_model: Path, tmp_path: Path) -> None:
+    (count,) = Predictor(exported_model).predict([PHOTO])
     choose(shown, "bin.jpg", "image/jpeg", PHOTO)
     shown.locator("#answer").wait_for()
     assert shown.locator("#quantity").inner_text() == str(count.quantity)
@@ -91,7 +91,7 @@ def test_a_photo_is_counted_and_explained(shown: Any, counter_folder: Path, tmp_
         assert ("best" in (row.get_attribute("class") or "")) == (quantity == count.quantity)
         width = row.locator("i").evaluate("bar => bar.style.width")
         assert float(width.rstrip("%")) == pytest.approx(100 * share, abs=0.01)
-    assert all(str(quantity) in shown.locator("#set").inner_text() for quantity in count.quantities)
+    assert all(str(quantity) in shown.locator("#set").inner_text() for quantity in count.likely_quantities)
     overlay = shown.get_by_label("Show where the network looked")
     overlay.wait_for()
     heat = shown.locator("#heat")
@@ -165,15 +165,15 @@ def test_the_page_allows_only_itself() -> None:
         assert outside not in content
 
 
-def test_there_is_no_page_unless_asked_for(counter_folder: Path) -> None:
-    with serving(counter_folder) as process:
+def test_there_is_no_page_unless_asked_for(exported_model: Path) -> None:
+    with serving(exported_model) as process:
         assert process.ask("/").status == 404
         assert process.ask("/explain", PHOTO).status == 404
 
 
-def test_a_photo_is_explained_over_http(server: ServerProcess, counter_folder: Path) -> None:
+def test_a_photo_is_explained_over_http(server: ServerProcess, exported_model: Path) -> None:
     answer = server.ask("/explain", PHOTO, {"content-type": "image/jpeg"})
-    counter = Predictor(counter_folder)
+    counter = Predictor(exported_model)
     quantity, drops = occlusion(counter, counter.prepare(PHOTO), 8)
     assert answer.status == 200
     assert answer.json()["quantity"] == quantity

@@ -164,7 +164,7 @@ def test_answers_are_an_object_a_list_or_lines() -> None:
         "quantity": 2,
         "confidence": 0.75,
         "probabilities": {"1": 0.25, "2": 0.75},
-        "quantities": [2],
+        "likely_quantities": [2],
         "model_version": "v7",
     }
     error = RequestError(422, "photo is \ud800 empty")

@@ -36,7 +36,7 @@ def exported(model: CountingModel, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def copied(exported: Path, tmp_path: Path) -> Path:
     """An exported folder to damage."""
-    for name in ("counter.onnx", "model.json"):
+    for name in ("model.onnx", "model.json"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
     return tmp_path
 
@@ -44,7 +44,7 @@ def copied(exported: Path, tmp_path: Path) -> Path:
 def test_bytes_are_counted_as_torch_counts_them(model: CountingModel, exported: Path, few_bins) -> None:
     bins = few_bins.manifest.bins
     photos = [few_bins.manifest.source.photo(bin_id) for bin_id in bins["id"]]
-    counts = Predictor(exported).count(photos)
+    counts = Predictor(exported).predict(photos)
     expected = predict(model, few_bins.photos, bins["hash"].tolist(), 8, torch.device("cpu"))
     found = np.array([list(count.probabilities.values()) for count in counts])
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -55,15 +55,15 @@ def test_bytes_are_counted_as_torch_counts_them(model: CountingModel, exported: 
         assert count.confidence == max(count.probabilities.values())
         assert sum(count.probabilities.values()) == pytest.approx(1)
     assert len({count.quantity for count in counts}) > 1
-    assert Predictor(exported).count([]) == []
+    assert Predictor(exported).predict([]) == []
 
 
 def test_a_photo_alone_and_among_others_has_one_answer(exported: Path) -> None:
     counter = Predictor(exported, threads=2)
     photos = [draw_bin(quantity, 900) for quantity in (1, 2, 3)]
-    together = counter.count(photos)
+    together = counter.predict(photos)
     for photo, count in zip(photos, together, strict=True):
-        (alone,) = counter.count([photo])
+        (alone,) = counter.predict([photo])
         assert alone.quantity == count.quantity
         assert alone.confidence == pytest.approx(count.confidence, abs=1e-5)
 
@@ -75,14 +75,14 @@ def test_png_and_webp_are_photos_too(exported: Path) -> None:
         file = io.BytesIO()
         photo.save(file, form, lossless=True)
         files.append(file.getvalue())
-    first, second = Predictor(exported).count(files)
+    first, second = Predictor(exported).predict(files)
     assert first == second
 
 
 @pytest.mark.parametrize("photo", [b"", b"no photo", draw_bin(1, 902)[:300]], ids=["empty", "text", "truncated"])
 def test_a_bad_photo_is_told(photo: bytes, exported: Path) -> None:
     with pytest.raises(PhotoError, match="photo"):
-        Predictor(exported).count([draw_bin(1, 903), photo])
+        Predictor(exported).predict([draw_bin(1, 903), photo])
 
 
 @pytest.mark.parametrize("kind", ["majority", "pca_svm", "network"])
@@ -103,14 +103,14 @@ def test_without_openvino_it_is_onnxruntime_and_without_either_it_is_told(export
         "import stocktake.serving.predictor as counter\n"
         "counter.find_spec = lambda name: None if name in missing else u.find_spec(name)\n"
         "one = counter.Predictor(pathlib.Path(sys.argv[1]))\n"
-        "print(one.engine.split()[0], one.count([pathlib.Path(sys.argv[2]).read_bytes()])[0].quantity)\n"
+        "print(one.engine.split()[0], one.predict([pathlib.Path(sys.argv[2]).read_bytes()])[0].quantity)\n"
     )
 
     def without(*missing: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, str(exported), str(tmp_path / "photo.jpg"), *missing]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-    (count,) = Predictor(exported).count([draw_bin(2, 905)])
+    (count,) = Predictor(exported).predict([draw_bin(2, 905)])
     assert without().stdout == f"openvino {count.quantity}\n"
     assert without("openvino").stdout == f"onnxruntime {count.quantity}\n"
     assert r"pip install 'stocktake[serving]'" in without("openvino", "onnxruntime").stderr
@@ -136,9 +136,9 @@ def test_a_process_outlives_a_counter_that_another_thread_lets_go(exported: Path
 def test_several_threads_get_their_own_answers(exported: Path) -> None:
     counter = Predictor(exported, threads=2)
     photos = [draw_bin(quantity, seed) for seed in range(40, 60) for quantity in (1, 2, 3)]
-    expected = [count.probabilities for count in counter.count(photos)]
+    expected = [count.probabilities for count in counter.predict(photos)]
     with ThreadPoolExecutor(8) as threads:
-        found = [counts[0].probabilities for counts in threads.map(lambda photo: counter.count([photo]), photos)]
+        found = [counts[0].probabilities for counts in threads.map(lambda photo: counter.predict([photo]), photos)]
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
@@ -149,14 +149,14 @@ def test_the_conformal_set_holds_what_is_likely_enough(exported: Path, copied: P
     for threshold in (0.0, 0.15, 0.999):
         calibration = {"temperature": 1.0, "set_threshold": threshold}
         (copied / "model.json").write_text(json.dumps(description | {"calibration": calibration}))
-        for count in Predictor(copied).count(photos):
+        for count in Predictor(copied).predict(photos):
             likely = {label for label, share in count.probabilities.items() if share >= threshold}
-            assert set(count.quantities) == likely | {count.quantity}
+            assert set(count.likely_quantities) == likely | {count.quantity}
 
 
 def test_answers_bear_the_models_version(exported: Path, copied: Path) -> None:
     photo = draw_bin(1, 907)
-    assert Predictor(exported, version="stocktake/3").count([photo])[0].model_version == "stocktake/3"
+    assert Predictor(exported, version="stocktake/3").predict([photo])[0].model_version == "stocktake/3"
     own = Predictor(exported).version
     assert own == Predictor(copied).version, "of the same files it is the same"
     (copied / "model.json").write_text((copied / "model.json").read_text() + " ")
@@ -167,15 +167,15 @@ def test_an_older_export_is_still_served(copied: Path) -> None:
     description = json.loads((copied / "model.json").read_text())
     older = {key: value for key, value in description.items() if key not in ("precision", "check")}
     (copied / "model.json").write_text(json.dumps(older | {"format": 1, "calibration": {"temperature": 1.0}}))
-    (count,) = Predictor(copied).count([draw_bin(3, 908)])
-    assert count.quantities == (1, 2, 3), "of a set nothing was fitted"
+    (count,) = Predictor(copied).predict([draw_bin(3, 908)])
+    assert count.likely_quantities == (1, 2, 3), "of a set nothing was fitted"
 
 
 def test_temperature_softens_and_keeps_the_answer(exported: Path, copied: Path) -> None:
     description = json.loads((copied / "model.json").read_text())
     (copied / "model.json").write_text(json.dumps(description | {"calibration": {"temperature": 4.0}}))
     photo = draw_bin(3, 904)
-    (sharp,), (soft,) = Predictor(exported).count([photo]), Predictor(copied).count([photo])
+    (sharp,), (soft,) = Predictor(exported).predict([photo]), Predictor(copied).predict([photo])
     assert soft.quantity == sharp.quantity
     assert soft.confidence < sharp.confidence
 
@@ -196,7 +196,7 @@ def test_a_damaged_description_is_told(content: str, copied: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "text", "truncated"])
 def test_a_damaged_graph_is_told(content: bytes | None, copied: Path) -> None:
-    graph = copied / "counter.onnx"
+    graph = copied / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-2000] if content is None else content)
     with pytest.raises(StocktakeError, match="holds no exported model") as caught:
         Predictor(copied)
@@ -206,7 +206,7 @@ def test_a_damaged_graph_is_told(content: bytes | None, copied: Path) -> None:
 def test_labels_of_another_graph_are_told(copied: Path) -> None:
     description = json.loads((copied / "model.json").read_text())
     (copied / "model.json").write_text(json.dumps(description | {"labels": [1, 2]}))
-    with pytest.raises(StocktakeError, match=r"counter\.json has 2 labels, counter\.onnx 3"):
+    with pytest.raises(StocktakeError, match=r"model\.json has 2 labels, model\.onnx 3"):
         Predictor(copied)
 
 

@@ -44,8 +44,8 @@ PHOTOS = [draw_bin(quantity, 800 + quantity) for quantity in (1, 2, 3)]
 
 def test_the_loaded_model_answers_as_the_counter_does(saved: Path, exported: Path) -> None:
     answers = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"photo": PHOTOS}))
-    assert list(answers.columns) == ["quantity", "confidence", "probabilities", "quantities", "model_version"]
-    for row, count in zip(answers.itertuples(), Predictor(exported).count(PHOTOS), strict=True):
+    assert list(answers.columns) == ["quantity", "confidence", "probabilities", "likely_quantities", "model_version"]
+    for row, count in zip(answers.itertuples(), Predictor(exported).predict(PHOTOS), strict=True):
         assert row.quantity == count.quantity
         assert row.confidence == pytest.approx(count.confidence)
         np.testing.assert_allclose(row.probabilities, list(count.probabilities.values()))
@@ -58,8 +58,8 @@ def test_the_folder_holds_graph_code_signature_and_example_and_no_pickle(saved: 
         head = path.read_bytes()[:2]
         assert not (head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")), f"{path} is a pickle"
         assert not zipfile.is_zipfile(path), f"{path} may hold a pickle"
-    assert (saved / "artifacts" / "counter" / "counter.onnx").is_file()
-    assert (saved / "code" / "stocktake" / "serving" / "counter.py").is_file()
+    assert (saved / "artifacts" / "exported" / "model.onnx").is_file()
+    assert (saved / "code" / "stocktake" / "serving" / "predictor.py").is_file()
     described = yaml.safe_load((saved / "MLmodel").read_text())
     assert [(one["name"], one["type"]) for one in json.loads(described["signature"]["inputs"])] == [("photo", "binary")]
     assert "torch" not in (saved / "requirements.txt").read_text()
@@ -123,7 +123,7 @@ def test_it_answers_where_neither_the_package_nor_torch_is_installed(
     finally:
         moved.rename(saved)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-2:] == ["quantity", str(Predictor(exported).count([PHOTOS[1]])[0].quantity)]
+    assert done.stdout.split()[-2:] == ["quantity", str(Predictor(exported).predict([PHOTOS[1]])[0].quantity)]
 
 
 def test_its_requirements_are_those_of_the_serving_extra(saved: Path) -> None:
@@ -175,4 +175,4 @@ def test_mlflows_own_server_takes_it(saved: Path, exported: Path, tmp_path: Path
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
-    assert [row["quantity"] for row in found] == [count.quantity for count in Predictor(exported).count(PHOTOS)]
+    assert [row["quantity"] for row in found] == [count.quantity for count in Predictor(exported).predict(PHOTOS)]

@@ -82,10 +82,10 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_as_sagemaker_starts_it(serve: Callable[..., Served], counter_folder: Path, free_port: int) -> None:
+def test_as_sagemaker_starts_it(serve: Callable[..., Served], exported_model: Path, free_port: int) -> None:
     """Without arguments, told by the environment; all end at SIGTERM with 0."""
     served = serve(
-        STOCKTAKE_MODEL_DIR=str(counter_folder),
+        STOCKTAKE_MODEL_DIR=str(exported_model),
         STOCKTAKE_MODEL_VERSION="stocktake/7",
         STOCKTAKE_HOST="0.0.0.0",
         SAGEMAKER_BIND_TO_PORT=str(free_port),
@@ -94,9 +94,9 @@ def test_as_sagemaker_starts_it(serve: Callable[..., Served], counter_folder: Pa
     assert served.address == f"http://127.0.0.1:{free_port}"
     with urllib.request.urlopen(f"{served.address}/ping", timeout=30) as answer:
         assert answer.status == 200
-    count = Client(served.address).count(PHOTO)
+    count = Client(served.address).predict(PHOTO)
     assert (count.quantity, count.model_version) == (
-        Predictor(counter_folder).count([PHOTO])[0].quantity,
+        Predictor(exported_model).predict([PHOTO])[0].quantity,
         "stocktake/7",
     )
     with urllib.request.urlopen(f"{served.address}/metrics", timeout=30) as answer:
@@ -108,15 +108,15 @@ def test_as_sagemaker_starts_it(serve: Callable[..., Served], counter_folder: Pa
     assert not [worker for worker in workers if process_start(worker.pid)]
 
 
-def test_a_request_in_work_is_answered_before_the_end(serve: Callable[..., Served], counter_folder: Path) -> None:
-    served = serve(str(counter_folder), "--port", "0")
+def test_a_request_in_work_is_answered_before_the_end(serve: Callable[..., Served], exported_model: Path) -> None:
+    served = serve(str(exported_model), "--port", "0")
     host, port = served.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as slow:
         head = (
             f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
         )
         slow.sendall(head.encode() + PHOTO[:100])
-        Client(served.address).count(PHOTO)  # by now the other one's head has been read
+        Client(served.address).predict(PHOTO)  # by now the other one's head has been read
         served.process.terminate()
         time.sleep(0.5)
         assert served.process.poll() is None
@@ -127,8 +127,8 @@ def test_a_request_in_work_is_answered_before_the_end(serve: Callable[..., Serve
     assert served.process.wait(60) == 0
 
 
-def test_workers_do_not_outlive_a_killed_supervisor(serve: Callable[..., Served], counter_folder: Path) -> None:
-    served = serve(str(counter_folder), "--port", "0", "--workers", "2", "--threads", "1")
+def test_workers_do_not_outlive_a_killed_supervisor(serve: Callable[..., Served], exported_model: Path) -> None:
+    served = serve(str(exported_model), "--port", "0", "--workers", "2", "--threads", "1")
     assert served.address
     workers = served.workers
     served.process.kill()
@@ -137,21 +137,21 @@ def test_workers_do_not_outlive_a_killed_supervisor(serve: Callable[..., Served]
 
 
 def test_a_reload_serves_what_the_folder_holds_now(
-    serve: Callable[..., Served], counter_folder: Path, tmp_path: Path
+    serve: Callable[..., Served], exported_model: Path, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(counter_folder, tmp_path / "model"))
+    folder = Path(shutil.copytree(exported_model, tmp_path / "model"))
     served = serve("model", "--port", "0")
     client = Client(served.address)
-    before = client.count(PHOTO).model_version
+    before = client.predict(PHOTO).model_version
     text = (folder / "model.json").read_text()
     (folder / "model.json").write_text("{")
     served.process.send_signal(signal.SIGHUP)
     served.wait_for(lambda: "is served as before" in served.log.read_text(), "the refusal")
-    assert client.count(PHOTO).model_version == before
+    assert client.predict(PHOTO).model_version == before
     (folder / "model.json").write_text(text + "\n")
     served.process.send_signal(signal.SIGHUP)
-    served.wait_for(lambda: client.count(PHOTO).model_version != before, "the other version")
-    assert client.count(PHOTO).model_version == Predictor(folder).version
+    served.wait_for(lambda: client.predict(PHOTO).model_version != before, "the other version")
+    assert client.predict(PHOTO).model_version == Predictor(folder).version
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_a_reload_serves_what_the_folder_holds_now(
     ],
 )
 def test_a_start_that_fails_says_why(
-    arguments: list[str], code: int, said: str, serve: Callable[..., Served], counter_folder: Path
+    arguments: list[str], code: int, said: str, serve: Callable[..., Served], exported_model: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        words = {"MODEL": str(counter_folder), "TAKEN": str(listener.getsockname()[1])}
+        words = {"MODEL": str(exported_model), "TAKEN": str(listener.getsockname()[1])}
         served = serve(*(words.get(word, word) for word in arguments))
         assert served.process.wait(60) == code
     assert said.replace("TAKEN", words["TAKEN"]) in served.log.read_text()

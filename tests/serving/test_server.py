@@ -25,14 +25,14 @@ LINES = {"content-type": "application/jsonlines"}
 
 
 @pytest.fixture(scope="module")
-def server(counter_folder: Path) -> Iterator[ServerProcess]:
-    with serving(counter_folder, max_request_bytes=300_000, max_queue=40) as process:
+def server(exported_model: Path) -> Iterator[ServerProcess]:
+    with serving(exported_model, max_request_bytes=300_000, max_queue=40) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def counts(counter_folder: Path) -> list[Prediction]:
-    return Predictor(counter_folder).count(PHOTOS)
+def counts(exported_model: Path) -> list[Prediction]:
+    return Predictor(exported_model).predict(PHOTOS)
 
 
 def test_ping_says_which_model_answers(server: ServerProcess, counts: list[Prediction]) -> None:

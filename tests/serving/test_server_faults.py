@@ -32,8 +32,8 @@ INTERFACE = schemathesis.openapi.from_dict(document("test"))
 
 
 @pytest.fixture(scope="module")
-def server(counter_folder: Path) -> Iterator[ServerProcess]:
-    with serving(counter_folder, **SETTINGS) as process:
+def server(exported_model: Path) -> Iterator[ServerProcess]:
+    with serving(exported_model, **SETTINGS) as process:
         yield process
         assert process.process.poll() is None, "the server crashed"
         assert not [line for line in process.lines() if "fault" in line]
@@ -54,8 +54,8 @@ def test_each_malformation_has_its_status(malformation: Any, server: ServerProce
         assert statuses[0] in expected
 
 
-def test_among_malformed_requests_the_good_ones_are_answered_right(server: ServerProcess, counter_folder: Path) -> None:
-    counts = Predictor(counter_folder).count(PHOTOS)
+def test_among_malformed_requests_the_good_ones_are_answered_right(server: ServerProcess, exported_model: Path) -> None:
+    counts = Predictor(exported_model).predict(PHOTOS)
 
     def right(told: dict[str, Any], number: int) -> bool:
         shares = counts[number].probabilities

@@ -28,15 +28,15 @@ JPEG = {"content-type": "image/jpeg"}
 
 
 @pytest.fixture
-def own_server(counter_folder: Path) -> Iterator[ServerProcess]:
+def own_server(exported_model: Path) -> Iterator[ServerProcess]:
     """One to overload, hold up and end."""
-    with serving(counter_folder, max_queue=3, max_batch=1, body_seconds=1, drain_seconds=PATIENCE) as process:
+    with serving(exported_model, max_queue=3, max_batch=1, body_seconds=1, drain_seconds=PATIENCE) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def counts(counter_folder: Path) -> list[Prediction]:
-    return Predictor(counter_folder).count(PHOTOS)
+def counts(exported_model: Path) -> list[Prediction]:
+    return Predictor(exported_model).predict(PHOTOS)
 
 
 def test_a_full_queue_refuses_and_recovers(own_server: ServerProcess, counts: list[Prediction]) -> None:
@@ -94,10 +94,10 @@ def test_a_slow_body_and_a_slow_head_are_refused(own_server: ServerProcess) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_answers_what_has_begun(
-    number: signal.Signals, counter_folder: Path, counts: list[Prediction]
+    number: signal.Signals, exported_model: Path, counts: list[Prediction]
 ) -> None:
     head = f"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: {len(PHOTOS[2])}\r\n\r\n".encode()
-    with serving(counter_folder, drain_seconds=PATIENCE, body_seconds=PATIENCE) as process, process.socket() as kept:
+    with serving(exported_model, drain_seconds=PATIENCE, body_seconds=PATIENCE) as process, process.socket() as kept:
         _ping(kept)
         process.gate.touch()
         with ThreadPoolExecutor(2) as pool:
@@ -133,8 +133,8 @@ def _accepts(server: ServerProcess) -> bool:
     return True
 
 
-def test_while_it_ends_ping_says_so(counter_folder: Path) -> None:
-    with serving(counter_folder, drain_seconds=PATIENCE) as process, process.socket() as kept:
+def test_while_it_ends_ping_says_so(exported_model: Path) -> None:
+    with serving(exported_model, drain_seconds=PATIENCE) as process, process.socket() as kept:
         _ping(kept)
         kept.sendall(b"GET /ping HTTP/1.1\r\n")
         process.tell()
@@ -147,8 +147,8 @@ def test_while_it_ends_ping_says_so(counter_folder: Path) -> None:
         assert process.wait() == 0
 
 
-def test_what_takes_longer_than_the_end_may_is_refused(counter_folder: Path) -> None:
-    with serving(counter_folder, drain_seconds=0.5) as process:
+def test_what_takes_longer_than_the_end_may_is_refused(exported_model: Path) -> None:
+    with serving(exported_model, drain_seconds=0.5) as process:
         process.gate.touch()
         with ThreadPoolExecutor(1) as pool:
             begun = pool.submit(process.ask, "/invocations", PHOTOS[0], JPEG)
@@ -182,10 +182,10 @@ def test_connections_are_bounded(own_server: ServerProcess) -> None:
     eventually(lambda: own_server.ask("/ping").status == 200)
 
 
-def test_bodies_held_at_once_are_bounded(counter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_held_at_once_are_bounded(exported_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, with less memory to fill."""
     monkeypatch.setattr(server_module, "HELD_BYTES", 1000)
-    app = create_app(Predictor(counter_folder), ServerSettings(max_request_bytes=1024))
+    app = create_app(Predictor(exported_model), ServerSettings(max_request_bytes=1024))
 
     async def run() -> list[int]:
         more = asyncio.Event()
@@ -209,13 +209,13 @@ def test_bodies_held_at_once_are_bounded(counter_folder: Path, monkeypatch: pyte
 
 
 def test_workers_tell_their_figures_together(
-    counter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "second").mkdir()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "figures"))
-    first = ServerProcess(counter_folder, tmp_path)
-    second = ServerProcess(counter_folder, tmp_path / "second")
+    first = ServerProcess(exported_model, tmp_path)
+    second = ServerProcess(exported_model, tmp_path / "second")
     try:
         assert {one.ask(body=PHOTOS[0], headers=JPEG).status for one in (first, second)} == {200}
         eventually(lambda: first.figures()['stocktake_requests_total{path="/invocations",status="200"}'] == 2)
@@ -224,11 +224,11 @@ def test_workers_tell_their_figures_together(
         second.close()
 
 
-def test_processes_share_a_socket_and_one_ends_without_the_other(counter_folder: Path, tmp_path: Path) -> None:
+def test_processes_share_a_socket_and_one_ends_without_the_other(exported_model: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        first = ServerProcess(counter_folder, tmp_path, listener=listener)
+        first = ServerProcess(exported_model, tmp_path, listener=listener)
         (tmp_path / "second").mkdir()
-        second = ServerProcess(counter_folder, tmp_path / "second", listener=listener)
+        second = ServerProcess(exported_model, tmp_path / "second", listener=listener)
     stop, statuses = threading.Event(), []
 
     def client() -> None:

@@ -43,10 +43,10 @@ def test_a_frame_of_photos_is_counted_by_several_processes(spark, few_bins, tmp_
     frame = spark.createDataFrame([(i, bytearray(photo)) for i, photo in enumerate(photos)], "id int, photo binary")
     count = mlflow.pyfunc.spark_udf(spark, str(model), env_manager="local")
     rows = frame.repartition(4).select("id", count("photo").alias("count")).select("id", "count.*").collect()
-    expected = Predictor(tmp_path / "counter").count(photos)
+    expected = Predictor(tmp_path / "counter").predict(photos)
     assert sorted(row.id for row in rows) == list(range(60))
     for row in rows:
         assert row.quantity == expected[row.id].quantity
         np.testing.assert_allclose(row.probabilities, list(expected[row.id].probabilities.values()), atol=1e-5)
-        assert row.quantities == list(expected[row.id].quantities)
+        assert row.likely_quantities == list(expected[row.id].likely_quantities)
         assert row.model_version == expected[row.id].model_version

@@ -106,10 +106,10 @@ def compare(
     """
     if not photos:
         return 0.0, []
-    own = Predictor(endpoint.model, version=endpoint.version).count([photo for _, photo in photos])
+    own = Predictor(endpoint.model, version=endpoint.version).predict([photo for _, photo in photos])
     largest, different = 0.0, []
     with progress("comparing", len(photos)) as advance:
-        served = Client(endpoint.address).count_all(photo for _, photo in photos)
+        served = Client(endpoint.address).predict_all(photo for _, photo in photos)
         for (bin_id, _), answer, count in zip(photos, served, own, strict=True):
             advance(1)
             if isinstance(answer, PhotoError):

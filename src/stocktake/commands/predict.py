@@ -36,7 +36,7 @@ _OWN = (
     "recorded",
     "quantity",
     "confidence",
-    "quantities",
+    "likely_quantities",
     "probabilities",
     "variance",
     "recount",
@@ -154,7 +154,7 @@ def _answers_of(config: PredictConfig, temporary: Path) -> Callable[[Sequence[by
             if endpoint.pid is None:
                 raise StocktakeError(f"the endpoint {endpoint.name} is {endpoint.status}: {endpoint.error}")
             address = endpoint.address
-        return Client(address).count_all
+        return Client(address).predict_all
     folder = model_folder(config.model, temporary / "model", config.tracking)
     counter = Predictor(folder, threads=cores(), version=version_of(folder))
 
@@ -192,18 +192,18 @@ def _read(path: Path) -> bytes | PhotoError:
 
 def _row(given: Row, answer: Answer) -> Row:
     row = dict(given)
-    row |= dict.fromkeys(("quantity", "confidence", "quantities", "probabilities"))
+    row |= dict.fromkeys(("quantity", "confidence", "likely_quantities", "probabilities"))
     if "recorded" in given:
         row |= {"variance": None, "recount": None}
     row |= {"model_version": None, "error": None}
     if isinstance(answer, PhotoError):
         return row | {"error": str(answer)}
     if (recorded := given.get("recorded")) in answer.probabilities:
-        row |= {"variance": answer.quantity != recorded, "recount": recorded not in answer.quantities}
+        row |= {"variance": answer.quantity != recorded, "recount": recorded not in answer.likely_quantities}
     return row | {
         "quantity": answer.quantity,
         "confidence": round(answer.confidence, 6),
-        "quantities": list(answer.quantities),
+        "likely_quantities": list(answer.likely_quantities),
         "probabilities": {str(quantity): round(share, 6) for quantity, share in answer.probabilities.items()},
         "model_version": answer.model_version,
     }

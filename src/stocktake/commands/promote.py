@@ -88,11 +88,11 @@ def measure(version: Version, config: PromoteConfig) -> Served:
         counter = Predictor(folder)
         photo = example_photo(folder)
     for _ in range(3):
-        counter.count([photo])
+        counter.predict([photo])
     seconds: list[float] = []
     while len(seconds) < _PHOTOS and (sum(seconds) < _SECONDS or not seconds):
         began = time.perf_counter()
-        counter.count([photo])
+        counter.predict([photo])
         seconds.append(time.perf_counter() - began)
     milliseconds = 1000 * statistics.median(seconds)
     return Served(milliseconds, size / 1e6, counter.engine, counter.description.get("check"))

@@ -328,11 +328,11 @@ def measure_latency(model: CountingModel, prepared: PreparedData) -> float:
     with tempfile.TemporaryDirectory() as exported:
         export_model(model, Path(exported))
         counter = Predictor(Path(exported), threads=1, engine="onnxruntime")  # computes in the thread that calls it
-    counter.count(photos[:2])  # the first ones allocate
+    counter.predict(photos[:2])  # the first ones allocate
     seconds = []
     for photo in photos:
         start = time.thread_time()
-        counter.count([photo])
+        counter.predict([photo])
         seconds.append(time.thread_time() - start)
     return 1000 * statistics.median(seconds)
 

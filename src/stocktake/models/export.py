@@ -14,7 +14,7 @@ import torch
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.network import NetworkModel
 
-GRAPH = "counter.onnx"
+GRAPH = "model.onnx"
 DESCRIPTION = "model.json"
 FORMAT = 2
 """Version of model.json; readers refuse a newer one."""
@@ -22,7 +22,7 @@ OPSET = 18
 
 
 def export_model(model: CountingModel, folder: Path, calibration: Mapping[str, object] | None = None) -> None:
-    """Write counter.onnx (photos (n, size, size, 3) uint8 -> logits (n, classes) float32) and model.json.
+    """Write model.onnx (photos (n, size, size, 3) uint8 -> logits (n, classes) float32) and model.json.
 
     By tracing (`dynamo=False`): the models branch on nothing but shapes, and torch's newer exporter needs 12 s of a
     processor for EfficientNet-Lite0, half of them for its own imports, where tracing needs 1 s. Torch calls tracing

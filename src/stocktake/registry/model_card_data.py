@@ -20,7 +20,7 @@ from stocktake.tracking.connection import brief
 FOLDER = "model-card"
 """Of the run's artifacts."""
 _EVALUATION = "evaluation"
-_COUNTER = "artifacts/counter/model.json"
+_COUNTER = "artifacts/exported/model.json"
 _DEPTH = 8
 
 

@@ -43,7 +43,7 @@ class Client:
         self._seconds = seconds
         self._idle: list[http.client.HTTPConnection] = []  # a connection is for one thread at a time
 
-    def count(self, photo: bytes) -> Prediction:
+    def predict(self, photo: bytes) -> Prediction:
         """What the server says of one photo.
 
         Raises:
@@ -62,12 +62,12 @@ class Client:
                 raise StocktakeError(f"{self.address} answers with status {status} ({reason}): see its log")
             time.sleep(wait)
 
-    def count_all(self, photos: Iterable[bytes], at_once: int = 4) -> Iterator[Prediction | PhotoError]:
+    def predict_all(self, photos: Iterable[bytes], at_once: int = 4) -> Iterator[Prediction | PhotoError]:
         """The answers in order; a photo that cannot be used has its reason in its place. Errors as `count`."""
 
         def one(photo: bytes) -> Prediction | PhotoError:
             try:
-                return self.count(photo)
+                return self.predict(photo)
             except PhotoError as error:
                 return error
 
@@ -104,7 +104,7 @@ def _count_of(body: bytes, address: str) -> Prediction:
             quantity=int(answer["quantity"]),
             confidence=float(answer["confidence"]),
             probabilities={int(quantity): float(share) for quantity, share in answer["probabilities"].items()},
-            quantities=tuple(int(quantity) for quantity in answer["quantities"]),
+            likely_quantities=tuple(int(quantity) for quantity in answer["likely_quantities"]),
             model_version=str(answer["model_version"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -51,7 +51,7 @@ class Deployment:
     """What somebody wants to be served."""
 
     model: str
-    """Folder with counter.onnx and model.json, or an MLflow model folder around it."""
+    """Folder with model.onnx and model.json, or an MLflow model folder around it."""
     model_uri: str
     """Where the model came from, for people."""
     version: str | None

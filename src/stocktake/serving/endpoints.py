@@ -211,7 +211,7 @@ def _with_model(folder: Path, wanted: Deployment, model: Path) -> Deployment:
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
-        for name in ("model.json", "counter.onnx"):
+        for name in ("model.json", "model.onnx"):
             shutil.copyfile(exported / name, copy / name)
         if (model / "registered_model_meta").exists():
             shutil.copyfile(model / "registered_model_meta", copy / "registered_model_meta")

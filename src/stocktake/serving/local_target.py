@@ -148,7 +148,7 @@ class LocalDeploymentClient(BaseDeploymentClient):
         photos = [_bytes_of(photo, number) for number, photo in enumerate(_photos(inputs))]
         rows = []
         with _told(INTERNAL_ERROR):
-            for number, count in enumerate(Client(deployed.address).count_all(photos)):
+            for number, count in enumerate(Client(deployed.address).predict_all(photos)):
                 if isinstance(count, PhotoError):
                     raise MlflowException(f"photo {number}: {count}", INVALID_PARAMETER_VALUE)
                 rows.append(
@@ -156,7 +156,7 @@ class LocalDeploymentClient(BaseDeploymentClient):
                         "quantity": count.quantity,
                         "confidence": count.confidence,
                         "probabilities": list(count.probabilities.values()),
-                        "quantities": list(count.quantities),
+                        "likely_quantities": list(count.likely_quantities),
                         "model_version": count.model_version,
                     }
                 )

@@ -26,12 +26,12 @@ _SPLIT = {
 _FORMS = {"dataframe_split": _SPLIT, "dataframe_records": _RECORDS, "inputs": _RECORDS, "instances": _RECORDS}
 _COUNT = {
     "type": "object",
-    "required": ["quantity", "confidence", "probabilities", "quantities", "model_version"],
+    "required": ["quantity", "confidence", "probabilities", "likely_quantities", "model_version"],
     "properties": {
         "quantity": {"type": "integer"},
         "confidence": {"type": "number", "description": "calibrated probability of the quantity"},
         "probabilities": {"type": "object", "additionalProperties": {"type": "number"}},
-        "quantities": {"type": "array", "items": {"type": "integer"}, "description": "the conformal set"},
+        "likely_quantities": {"type": "array", "items": {"type": "integer"}, "description": "the conformal set"},
         "model_version": {"type": "string"},
     },
 }

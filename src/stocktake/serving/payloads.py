@@ -127,7 +127,7 @@ def document(answer: Prediction | RequestError) -> dict[str, Any]:
         "quantity": answer.quantity,
         "confidence": answer.confidence,
         "probabilities": {str(quantity): share for quantity, share in answer.probabilities.items()},
-        "quantities": list(answer.quantities),
+        "likely_quantities": list(answer.likely_quantities),
         "model_version": answer.model_version,
     }
 

@@ -23,8 +23,8 @@ from stocktake.data.images import decode, prepare
 from stocktake.errors import StocktakeError
 
 NEWEST_FORMAT = 2
-FOLDER = "counter"
-"""Name of the exported folder; an MLflow model holds it as artifacts/counter."""
+FOLDER = "exported"
+"""Name of the exported folder; an MLflow model holds it as artifacts/exported."""
 Engine = Literal["openvino", "onnxruntime"]
 Precision = Literal["f32", "bf16"]
 ENGINES: tuple[Engine, ...] = ("openvino", "onnxruntime")
@@ -41,14 +41,14 @@ class Prediction:
     """Calibrated probability of that quantity."""
     probabilities: dict[int, float]
     """Of every quantity of the task; they sum to 1."""
-    quantities: tuple[int, ...]
+    likely_quantities: tuple[int, ...]
     """The conformal set: holds the recorded quantity of as many photos as the export's `set_level` says."""
     model_version: str
     """Which model answered."""
 
 
 class Predictor:
-    """An exported model, loaded. `count` may be called from several threads at once."""
+    """An exported model, loaded. `predict` may be called from several threads at once."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Predictor:
         engine: Engine | None = None,
         precision: Precision | None = None,
     ) -> None:
-        """Load counter.onnx and model.json.
+        """Load model.onnx and model.json.
 
         Args:
             folder: as written by the export, or an MLflow model folder that holds it.
@@ -73,7 +73,7 @@ class Predictor:
         """
         folder = exported_folder(folder)
         try:
-            text, graph = (folder / "model.json").read_bytes(), (folder / "counter.onnx").read_bytes()
+            text, graph = (folder / "model.json").read_bytes(), (folder / "model.onnx").read_bytes()
             description = json.loads(text)
             if description["format"] > NEWEST_FORMAT:
                 raise StocktakeError(
@@ -99,15 +99,15 @@ class Predictor:
         except Exception as error:  # the engines' errors have no class in common
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StocktakeError(
-                f"{folder} holds no exported model that {chosen} can load: counter.onnx is damaged, or has an operator "
+                f"{folder} holds no exported model that {chosen} can load: model.onnx is damaged, or has an operator "
                 f"that it lacks ({reason[:300]})"
             ) from None
         if classes != len(self.labels):
             raise StocktakeError(
-                f"{folder} holds no exported model: model.json has {len(self.labels)} labels, counter.onnx {classes}"
+                f"{folder} holds no exported model: model.json has {len(self.labels)} labels, model.onnx {classes}"
             )
 
-    def count(self, photos: Sequence[bytes]) -> list[Prediction]:
+    def predict(self, photos: Sequence[bytes]) -> list[Prediction]:
         """The answers for JPEG, PNG or WebP photos, in order.
 
         Raises:
@@ -145,7 +145,7 @@ class Predictor:
 
 
 def exported_folder(folder: Path) -> Path:
-    """Where model.json lies: in the folder, or in artifacts/counter of an MLflow model folder."""
+    """Where model.json lies: in the folder, or in artifacts/exported of an MLflow model folder."""
     inside = folder / "artifacts" / FOLDER
     return inside if (inside / "model.json").is_file() else folder
 

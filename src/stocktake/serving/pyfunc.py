@@ -20,7 +20,7 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
-from stocktake.serving.predictor import ENGINES, Predictor
+from stocktake.serving.predictor import ENGINES, FOLDER, Predictor
 
 COLUMN = "photo"
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow")
@@ -32,7 +32,7 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.long, "quantity"),
             ColSpec(DataType.double, "confidence"),
             ColSpec(Array(DataType.double), "probabilities"),
-            ColSpec(Array(DataType.long), "quantities"),
+            ColSpec(Array(DataType.long), "likely_quantities"),
             ColSpec(DataType.string, "model_version"),
         ]
     ),
@@ -40,25 +40,25 @@ SIGNATURE = ModelSignature(
 """The outputs are there for spark_udf, which makes a struct of them."""
 
 
-class CountingPyfunc(PythonModel):
+class PredictorModel(PythonModel):
     """Counts the photos of a frame's `photo` column (bytes)."""
 
     def load_context(self, context: Any) -> None:
         """Load the exported model."""
-        self._counter = Predictor(Path(context.artifacts["counter"]))
+        self._counter = Predictor(Path(context.artifacts[FOLDER]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """A row a photo: quantity, confidence, probabilities (in the order of the labels), quantities (the conformal
         set), model_version.
         """
         del context, params
-        counts = self._counter.count([bytes(photo) for photo in model_input[COLUMN]])
+        counts = self._counter.predict([bytes(photo) for photo in model_input[COLUMN]])
         return pd.DataFrame(
             {
                 "quantity": [count.quantity for count in counts],
                 "confidence": [count.confidence for count in counts],
                 "probabilities": [list(count.probabilities.values()) for count in counts],
-                "quantities": [list(count.quantities) for count in counts],
+                "likely_quantities": [list(count.likely_quantities) for count in counts],
                 "model_version": [count.model_version for count in counts],
             }
         )
@@ -68,7 +68,7 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
     """Write the MLflow model of an exported folder.
 
     Args:
-        exported: folder with counter.onnx and model.json.
+        exported: folder with model.onnx and model.json.
         destination: the model folder to write; must not exist.
         example: bytes of a photo, for the input example.
     """
@@ -79,7 +79,7 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
     mlflow.pyfunc.save_model(
         str(destination),
         python_model=__file__,
-        artifacts={"counter": str(exported)},
+        artifacts={FOLDER: str(exported)},
         code_paths=[str(Path(__file__).parents[1])],
         pip_requirements=[f"{name}=={installed_version(name)}" for name in (engine, *REQUIREMENTS)],
         signature=SIGNATURE,
@@ -88,4 +88,4 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
     return destination
 
 
-set_model(CountingPyfunc())
+set_model(PredictorModel())
