@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from stocktake.command_line import COMMANDS, parse
+from stocktake.cli import COMMANDS, parse
+from stocktake.config.parser import examples
 from stocktake.errors import StocktakeError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def test_the_overview_names_every_command(stocktake: Callable[..., Any]) -> None
         assert (ended.code, ended.err) == (0, "")
         for name, command in COMMANDS.items():
             assert f"\n  {name} " in ended.out
-            assert command.examples[0] in ended.out
+            assert examples(command.config)[0] in ended.out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -43,7 +44,7 @@ def test_help_of_a_command_tells_its_options_and_examples(name: str, stocktake: 
     ended = stocktake(name, "--help")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith(f"usage: stocktake {name} ")
-    for example in COMMANDS[name].examples:
+    for example in examples(COMMANDS[name].config):
         assert f"\n  {example}\n" in f"{ended.out}\n"
     options = ("--model MODEL", "--workspace WORKSPACE", "--root ROOT", "--study STUDY", "--model_name MODEL_NAME")
     options += ("--region REGION", "--base BASE")
@@ -53,7 +54,7 @@ def test_help_of_a_command_tells_its_options_and_examples(name: str, stocktake: 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_example_is_understood(name: str, experiments: Path) -> None:
     (experiments / "quick.yaml").write_text("epochs: 2\n")
-    for example in COMMANDS[name].examples:
+    for example in examples(COMMANDS[name].config):
         program, command, *words = example.replace("'", "").split()
         assert (program, command) == ("stocktake", name)
         parse(name, words)
@@ -92,23 +93,23 @@ def test_the_package_can_be_started_by_name_and_by_path(started: list[str], tmp_
         (["finetun"], "'finetun' is no command: did you mean finetune?"),
         (["dta"], "did you mean data?"),
         (["xyzzy"], "the commands are ladder, data, "),
-        (["finetune", "--bogus", "1"], "unrecognized arguments: --bogus 1"),
-        (["finetune", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
-        (["finetune", "surplus"], "unrecognized arguments: surplus"),
+        (["finetune", "--bogus", "1"], "bogus"),
+        (["finetune", "--epoch", "3"], "did you mean epochs?"),
+        (["finetune", "surplus"], "surplus"),
         (["finetune", "--lr"], "--lr: expected one argument"),
-        (["finetune", "--lr", "abc"], "\"lr\": Expected a <class 'float'>. Got value: abc"),
-        (["finetune", "--epochs", "2.5"], "\"epochs\": Expected a <class 'int'>. Got value: 2.5"),
+        (["finetune", "--lr", "abc"], "--lr abc must be a valid number"),
+        (["finetune", "--epochs", "2.5"], "--epochs 2.5 must be a valid integer"),
         (["finetune", "--training.augment", "upside"], '"training.augment": Expected'),
         (["data", "--split.fractions", "[0.5,0.5]"], '"split.fractions": Expected a tuple with 3'),
         (["data", "--split", "nonsense"], "nonsense"),
         (["ladder", "--rungs", "[majority,penthouse]"], "penthouse"),
         (["finetune", "--epochs", "0"], "--epochs 0 must be at least 1"),
         (["finetune", "--epochs", "-1"], "--epochs -1 must be at least 1"),
-        (["finetune", "--lr", ".nan"], "--lr nan must be from 1e-12 to 100"),
-        (["finetune", "--training.label_smoothing", "2"], "--training.label_smoothing 2 must be from 0 to 0.9"),
-        (["majority", "--image_size", "4"], "--image_size 4 must be from 8 to 2048"),
-        (["data", "--split.twin_distance", "17"], "--split.twin_distance 17 must be from 0 to 16"),
-        (["data", "--synthetic.count", "0"], "--synthetic.count 0 must be from 1 to"),
+        (["finetune", "--lr", ".nan"], "--lr .nan must be"),
+        (["finetune", "--training.label_smoothing", "2"], "--training.label_smoothing 2 must be at most 0.9"),
+        (["majority", "--image_size", "4"], "--image_size 4 must be at least 8"),
+        (["data", "--split.twin_distance", "17"], "--split.twin_distance 17 must be at most 16"),
+        (["data", "--synthetic.count", "0"], "--synthetic.count 0 must be at least 1"),
         (["evaluate", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
     ],
     ids=" ".join,
@@ -155,7 +156,7 @@ def test_dotted_options_reach_every_group() -> None:
 def test_a_missing_experiment_lists_what_there_is(experiments: Path) -> None:
     (experiments / "other.yaml").touch()
     for missing in ("smal", str(experiments), "x" * 5000):
-        with pytest.raises(StocktakeError, match="no such file; in experiments/ there are: other, small"):
+        with pytest.raises(StocktakeError, match=r"no such file.*other, small"):
             parse("finetune", ["--experiment", missing])
 
 
@@ -168,10 +169,13 @@ def test_a_missing_experiment_lists_what_there_is(experiments: Path) -> None:
         (b"hello", "experiments/small.yaml must hold settings"),
         (b"training: 5", "training must hold settings, not 5"),
         (b"training:\n", "training must hold settings, not None"),
-        (b"epocs: 3", "'epocs' is not accepted"),
+        (b"epocs: 3", "epocs is no setting; did you mean epochs?"),
         (b"training: {pacience: 3}", "pacience"),
-        (b"epochs: many", "Got value: many"),
+        (b"epochs: many", "--epochs many must be"),
         (b"epochs: 0", "--epochs 0 must be at least 1"),
+        (b"workspace: /somewhere/else", "workspace"),
+        (b"tracking: {uri: http://elsewhere}", "--tracking"),
+        (b"[" * 5000, "nested too deeply"),
     ],
 )
 def test_what_is_wrong_with_an_experiment_is_told_in_one_line(
@@ -197,7 +201,7 @@ def test_debug_shows_where_it_went_wrong() -> None:
     loud = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
     assert loud.returncode != 0
     assert "Traceback (most recent call last)" in loud.stderr
-    assert "stocktake.errors.StocktakeError: --epochs 0 must be at least 1" in loud.stderr
+    assert "stocktake.errors.StocktakeError: finetune: --epochs 0 must be at least 1" in loud.stderr
 
 
 def test_threads_that_wait_do_not_spin_unless_told_to(monkeypatch: pytest.MonkeyPatch, stocktake: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stocktake.command_line import ALIASES, COMMANDS, find_experiment, parse
+from stocktake.cli import COMMANDS, parse
+from stocktake.config.parser import ALIASES, find_experiment
 from stocktake.errors import StocktakeError
 from stocktake.tuning.search_defaults import find_space, stage_config
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stocktake.command_line import ALIASES, COMMANDS, parse
+from stocktake.cli import COMMANDS, parse
+from stocktake.config.parser import ALIASES
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = yaml.safe_load((REPOSITORY / "MLproject").read_text())
@@ -164,7 +165,7 @@ def test_the_import_rule_is_kept(copy: Path) -> None:
         ),
         ("errors.py", "import stocktake.config", "stocktake.errors -> stocktake.config"),
         ("commands/majority.py", "import mlflow", "stocktake.commands.majority -> mlflow"),
-        ("serving/counter.py", "import torch", "stocktake.serving.predictor -> torch"),
+        ("serving/predictor.py", "import torch", "stocktake.serving.predictor -> torch"),
     ],
 )
 def test_an_import_up_the_floors_is_reported(file: str, line: str, broken: str, copy: Path) -> None:

@@ -12,15 +12,56 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from stocktake import __version__, ranks
-from stocktake.command_line import ALIASES, COMMANDS, parse
+from stocktake import __version__, config, ranks
+from stocktake.config.parser import ALIASES, examples, parse_arguments, summary
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
 
 _EXTRAS = {**dict.fromkeys(("boto3", "botocore", "obstore", "sagemaker", "webdataset"), "aws"), "moto": "rehearsal"}
 """What brings a library that may be missing; the others come with serving and training."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table of commands."""
+
+    config: type
+    """Its settings; the docstring is the command's help."""
+    function: str
+    """MODULE:FUNCTION in stocktake.commands."""
+    is_distributed: bool = False
+    """Whether torchrun may run it in several processes."""
+
+
+COMMANDS = {
+    "ladder": Command(config.LadderConfig, "ladder:ladder"),
+    "data": Command(config.DataConfig, "data:data"),
+    "eda": Command(config.EdaConfig, "eda:eda"),
+    "majority": Command(config.MajorityConfig, "majority:majority"),
+    "classical": Command(config.ClassicalConfig, "classical:classical"),
+    "frozen": Command(config.FrozenConfig, "frozen:frozen"),
+    "finetune": Command(config.FinetuneConfig, "finetune:finetune", is_distributed=True),
+    "ddp": Command(config.DdpConfig, "ddp:ddp"),
+    "tune": Command(config.TuneConfig, "tune:tune"),
+    "trial": Command(config.TrialConfig, "trial:trial", is_distributed=True),
+    "remote_trial": Command(config.RemoteTrialConfig, "remote_trial:remote_trial", is_distributed=True),
+    "evaluate": Command(config.EvaluateConfig, "evaluate:evaluate"),
+    "compare": Command(config.CompareConfig, "compare:compare"),
+    "register": Command(config.RegisterConfig, "register:register"),
+    "promote": Command(config.PromoteConfig, "promote:promote"),
+    "rollback": Command(config.RollbackConfig, "rollback:rollback"),
+    "registry": Command(config.RegistryConfig, "registry:registry"),
+    "serve": Command(config.ServeConfig, "serve:serve"),
+    "deploy": Command(config.DeployConfig, "deploy:deploy"),
+    "predict": Command(config.PredictConfig, "predict:predict"),
+    "rehearse": Command(config.RehearseConfig, "rehearse:rehearse"),
+    "sync": Command(config.SyncConfig, "sync:sync"),
+    "jobs": Command(config.JobsConfig, "jobs:jobs"),
+    "job": Command(config.JobConfig, "job:job"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -102,13 +143,22 @@ def run(arguments: Sequence[str]) -> object:
     return getattr(importlib.import_module(f"stocktake.commands.{module}"), function)(settings)
 
 
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """Read the settings of the command of that name.
+
+    Raises:
+        StocktakeError: an unknown option, or a value that does not fit.
+    """
+    return parse_arguments(COMMANDS[name].config, arguments, name)
+
+
 def overview() -> str:
     """All commands, a line each."""
     lines = ["stocktake: count the items in a warehouse bin from one photo; find where the record is wrong.", ""]
     lines += ["usage: stocktake COMMAND [--option value ...] [--debug]", "", "commands:"]
     for name, command in COMMANDS.items():
         aliases = "".join(f" (also: {alias})" for alias, target in ALIASES.items() if target == name)
-        lines.append(f"  {name:10} {(command.config.__doc__ or '').splitlines()[0]}{aliases}")
-    lines += ["", "examples:", *(f"  {command.examples[0]}" for command in COMMANDS.values())]
+        lines.append(f"  {name:10} {summary(command.config)}{aliases}")
+    lines += ["", "examples:", *(f"  {examples(command.config)[0]}" for command in COMMANDS.values())]
     lines += ["", "stocktake COMMAND --help lists a command's options; --debug shows the traceback of an error."]
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from rehearsal_process import RehearsalProcess, eventually
 from stocktake.aws.connection import Aws
 from stocktake.aws.tuning_jobs import stop_search
 from stocktake.aws.tuning_watch import follow_search
-from stocktake.command_line import parse
+from stocktake.cli import parse
 from stocktake.commands.jobs import jobs
 from stocktake.config import JobsConfig, TrackingConfig
 from stocktake.errors import StocktakeError

@@ -16,7 +16,7 @@ from stocktake.aws.packaging import pack_source
 from stocktake.aws.parameters import as_arguments, read_parameters
 from stocktake.aws.request import Inputs, check_request, job_name, training_job
 from stocktake.aws.settings import JobSettings
-from stocktake.command_line import parse
+from stocktake.cli import parse
 from stocktake.errors import StocktakeError
 
 PROJECT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from stocktake.aws.request import Inputs
 from stocktake.aws.search import chosen_settings, names, parameter_ranges
 from stocktake.aws.settings import JobSettings
 from stocktake.aws.tuning_request import is_tuning_name, tuning_job, tuning_name
-from stocktake.command_line import parse
+from stocktake.cli import parse
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.tuning.space import Range, Space, parse_space

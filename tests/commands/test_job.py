@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stocktake.command_line import parse
+from stocktake.cli import parse
 from stocktake.commands.job import job, read_machines, unfinished_run
 from stocktake.config import JobConfig
 from stocktake.errors import StocktakeError

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stocktake.command_line import parse
+from stocktake.cli import parse
 from stocktake.commands.classical import classical
 from stocktake.commands.evaluate import evaluate
 from stocktake.commands.finetune import finetune

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from stocktake.command_line import parse
+from stocktake.cli import parse
 from stocktake.commands.frozen import frozen
 from stocktake.commands.trial import StudyFolder
 from stocktake.commands.tune import tune

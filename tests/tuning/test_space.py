@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from stocktake.command_line import parse
+from stocktake.cli import parse
 from stocktake.config import (
     ClassicalConfig,
     FinetuneConfig,

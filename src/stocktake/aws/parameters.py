@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocktake import command_line as commands
+from stocktake import config as configs
 from stocktake.aws.settings import JobSettings
+from stocktake.config.parser import ALIASES, find_experiment, parse_arguments, read_experiment
 from stocktake.errors import StocktakeError
 
 if TYPE_CHECKING:  # it brings optuna
@@ -21,7 +22,17 @@ COMMAND = "command"
 CHANNEL = "channel:"
 """Begins the value of a hyperparameter that is a file of a channel: channel:files/NAME."""
 TUNE = "tune"
-JOBS = ("ladder", "eda", "majority", "classical", "frozen", "finetune", "ddp", TUNE)
+JOBS: dict[str, type[configs.RunConfig]] = {
+    "ladder": configs.LadderConfig,
+    "eda": configs.EdaConfig,
+    "majority": configs.MajorityConfig,
+    "classical": configs.ClassicalConfig,
+    "frozen": configs.FrozenConfig,
+    "finetune": configs.FinetuneConfig,
+    "ddp": configs.DdpConfig,
+    TUNE: configs.TuneConfig,
+}
+"""The commands that run as jobs."""
 SPACE = "search-space.json"
 """The search's space, in the channel `files`."""
 _DISTRIBUTED = ("finetune", "ddp")
@@ -63,14 +74,15 @@ def read_parameters(
     Raises:
         StocktakeError: a command that is no job, an unknown parameter, a value that does not fit.
     """
-    command = commands.ALIASES.get(entry_point, entry_point)
+    command = ALIASES.get(entry_point, entry_point)
     if command not in JOBS:
         raise StocktakeError(f"-e {entry_point} does not run as a job: those that do are {', '.join(JOBS)}")
     for name, reason in _ELSEWHERE.items():
         if name in parameters and not (command == TUNE and name == "resume"):
             raise StocktakeError(f"-P {name} cannot be given to a job: {reason}")
     with contextlib.chdir(project):
-        config = commands.parse(command, [word for name, value in parameters.items() for word in (f"--{name}", value)])
+        words = [word for name, value in parameters.items() for word in (f"--{name}", value)]
+        config: Any = parse_arguments(JOBS[command], words, command)
         given = {**_experiment(parameters, command), **parameters}
     given.pop("experiment", None)
     given.pop("root", None)
@@ -149,8 +161,8 @@ def _experiment(parameters: Mapping[str, str], command: str) -> dict[str, str]:
     """The settings of the experiment's file by their dotted names, as text: the job has not got the file."""
     if "experiment" not in parameters:
         return {}
-    path = commands.find_experiment(parameters["experiment"])
-    return dict(_flat(commands.read_experiment(path, commands.COMMANDS[command].config)))
+    path = find_experiment(parameters["experiment"])
+    return dict(_flat(read_experiment(path, JOBS[command])))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

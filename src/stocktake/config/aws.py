@@ -1,57 +1,68 @@
 """Jobs on AWS, and the local AWS."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from stocktake.config.bound import bound
+from pydantic import Field
+
 from stocktake.config.runs import TrackingConfig
+from stocktake.config.settings import Settings
 from stocktake.config.training import ClassicalConfig, DdpConfig, FrozenConfig
 from stocktake.errors import StocktakeError
 
 
 @dataclass
-class RehearseConfig:
-    """A local AWS whose jobs train and whose endpoints answer, in the foreground, until Ctrl-C."""
+class RehearseConfig(Settings):
+    """A local AWS whose jobs train and whose endpoints answer, in the foreground, until Ctrl-C.
 
-    port: int = 0
+    Examples:
+        stocktake rehearse
+        stocktake rehearse --port 5000 --grace 2
+    """
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Of 127.0.0.1; 0: any free one."""
     region: str = "us-east-1"
     """The region that it plays."""
     state: str | None = None
     """Folder for what containers write; emptied at the end. Default: the system's temporary folder."""
-    grace: float = 10.0
+    grace: Annotated[float, Field(ge=0, le=120)] = 10.0
     """Seconds between SIGTERM and SIGKILL when a container is stopped; AWS gives 120."""
-    startup: float = 60.0
+    startup: Annotated[float, Field(ge=1, le=3600)] = 60.0
     """Seconds that a model server may take until it answers /ping."""
     images: dict[str, str] = field(default_factory=dict)
     """What images start with, as their ENTRYPOINT: '{"*/mine:*": "python -m mine"}'. SageMaker adds train or serve."""
 
-    def __post_init__(self) -> None:
-        bound(self, "port", least=0, most=65535)
-        bound(self, "grace", least=0, most=120)
-        bound(self, "startup", least=1, most=3600)
-
 
 @dataclass
-class JobConfig:
-    """Run the command of a training job's hyperparameters: what a training container starts."""
+class JobConfig(Settings):
+    """Run the command of a training job's hyperparameters: what a training container starts.
+
+    Examples:
+        stocktake job
+    """
 
     base: str | None = None
     """Folder with input/, output/, model/ and checkpoints/. Default: SAGEMAKER_BASE_DIR, else /opt/ml."""
 
 
 @dataclass
-class JobsConfig:
-    """List SageMaker training and tuning jobs; follow one and bring its results home; stop one."""
+class JobsConfig(Settings):
+    """List SageMaker training and tuning jobs; follow one and bring its results home; stop one.
+
+    Examples:
+        stocktake jobs
+        stocktake jobs --follow stocktake-finetune-20260131-101502-1a2b3c
+        stocktake jobs --follow stocktake-tune-260131-101502-1a2
+        stocktake jobs --stop stocktake-finetune-20260131-101502-1a2b3c
+    """
 
     follow: str | None = None
     """Name of a job: show its log and state until it ends, then bring its results into its MLflow run. Of a tuning
     job every trial becomes a child run."""
     stop: str | None = None
     """Name of a job: end it, and bring home what it has."""
-    limit: int = 20
+    limit: Annotated[int, Field(ge=1, le=1000)] = 20
     """How many to list, newest first."""
     region: str | None = None
     """AWS region. Default: AWS_DEFAULT_REGION, or the profile's."""
@@ -62,14 +73,18 @@ class JobsConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        bound(self, "limit", least=1, most=1000)
+        super().__post_init__()
         if self.follow and self.stop:
             raise StocktakeError("--follow and --stop exclude each other: --stop follows the job to its end too")
 
 
 @dataclass
 class RemoteTrialConfig(DdpConfig, FrozenConfig, ClassicalConfig):
-    """Train one trial of a search without its study, never looking at test: what a tuning job's containers start."""
+    """Train one trial of a search without its study, never looking at test: what a tuning job's containers start.
+
+    Examples:
+        stocktake remote_trial --stage frozen --root ../bins --image_size 96 --tracking.offline true
+    """
 
     stage: Literal["finetune", "frozen", "classical"] = "finetune"
     """What is trained."""

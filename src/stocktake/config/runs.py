@@ -1,17 +1,17 @@
 """Tracked runs, and what looks at them afterwards."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from stocktake.config.bound import bound
+from pydantic import Field
+
 from stocktake.config.data import BinsConfig
+from stocktake.config.settings import Settings
 
 
 @dataclass
-class TrackingConfig:
+class TrackingConfig(Settings):
     """Where runs are logged."""
 
     uri: str | None = None
@@ -40,40 +40,45 @@ class RunConfig(BinsConfig):
 
 @dataclass
 class EdaConfig(RunConfig):
-    """Explore the bins: a tracked run with figures and one self-contained HTML page."""
+    """Explore the bins: a tracked run with figures and one self-contained HTML page.
+
+    Examples:
+        stocktake eda --root ../bins --task 0-5
+    """
 
 
 @dataclass
 class ImageConfig(RunConfig):
     """A run of a model over photos of one size."""
 
-    image_size: int = 128
+    image_size: Annotated[int, Field(ge=8, le=2048)] = 128
     """Side of the square that a photo is resized to, in pixels."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bound(self, "image_size", least=8, most=2048)
 
 
 @dataclass
 class EvaluateConfig(RunConfig):
-    """Evaluate a registered or saved model on a split of any root."""
+    """Evaluate a registered or saved model on a split of any root.
+
+    Examples:
+        stocktake evaluate --model models:/stocktake@candidate --root ../bins --on test
+    """
 
     model: str = "models:/stocktake/latest"
     """models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/model, or a model folder."""
     on: Literal["train", "val", "test"] = "test"
     """The split to evaluate on."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Field(ge=1)] = 32
     """Photos a step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bound(self, "batch_size", least=1)
 
 
 @dataclass
-class CompareConfig:
-    """The leaderboard of an experiment: in the terminal, as HTML and as CSV."""
+class CompareConfig(Settings):
+    """The leaderboard of an experiment: in the terminal, as HTML and as CSV.
+
+    Examples:
+        stocktake compare
+        stocktake compare --stage finetune --best 10
+    """
 
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     workspace: str = "workspace"
@@ -87,8 +92,13 @@ class CompareConfig:
 
 
 @dataclass
-class SyncConfig:
-    """Upload runs that a tracking server could not take when they ran."""
+class SyncConfig(Settings):
+    """Upload runs that a tracking server could not take when they ran.
+
+    Examples:
+        stocktake sync
+        stocktake sync --tracking.uri http://host:5000
+    """
 
     workspace: str = "workspace"
     """Folder whose runs/ are uploaded."""

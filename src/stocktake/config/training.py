@@ -1,46 +1,47 @@
 """Models and how they are trained and searched. The ladder's config is every rung's config at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from stocktake.config.bound import bound
+from pydantic import Field
+
 from stocktake.config.runs import ImageConfig, TrackingConfig
+from stocktake.config.settings import Settings
 from stocktake.errors import StocktakeError
 
 
 @dataclass
 class MajorityConfig(ImageConfig):
-    """Benchmark A: always answer the most frequent quantity of the training split."""
+    """Benchmark A: always answer the most frequent quantity of the training split.
+
+    Examples:
+        stocktake majority --root ../bins
+    """
 
 
 @dataclass
-class PcaSvmConfig:
+class PcaSvmConfig(Settings):
     """PCA of the pixels, then a support vector machine (the paper's best classical pipeline)."""
 
-    pixels: int = 32
+    pixels: Annotated[int, Field(ge=1, le=256)] = 32
     """The photo is averaged down to this many pixels a side before PCA."""
-    components: int = 60
+    components: Annotated[int, Field(ge=1)] = 60
     """Principal components kept."""
-    c: float = 3.0
+    c: Annotated[float, Field(ge=1e-12)] = 3.0
     """Penalty of the SVM."""
-    gamma: float | None = None
+    gamma: Annotated[float, Field(ge=1e-12)] | None = None
     """Width of the radial kernel. Default: 1 / components, on whitened components."""
-    max_train: int = 20_000
+    max_train: Annotated[int, Field(ge=10)] = 20_000
     """Fit on at most this many bins: training an SVM grows with their square."""
-
-    def __post_init__(self) -> None:
-        bound(self, "pixels", least=1, most=256, option="classical.")
-        bound(self, "components", least=1, option="classical.")
-        bound(self, "c", least=1e-12, option="classical.")
-        bound(self, "gamma", least=1e-12, option="classical.")
-        bound(self, "max_train", least=10, option="classical.")
 
 
 @dataclass
 class ClassicalConfig(ImageConfig):
-    """A classical pipeline on the pixels: PCA and a support vector machine."""
+    """A classical pipeline on the pixels: PCA and a support vector machine.
+
+    Examples:
+        stocktake classical --root ../bins --classical.components 120 --classical.c 10
+    """
 
     classical: PcaSvmConfig = field(default_factory=PcaSvmConfig)
 
@@ -53,18 +54,14 @@ class NetworkConfig(ImageConfig):
     """efficientnet_lite0, or any torchvision classifier: resnet18, resnet34, resnet50, ..."""
     weights: str = "imagenet"
     """imagenet, none, or the path of a checkpoint (.safetensors, .pth)."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Field(ge=1)] = 32
     """Photos a step, over all processes."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: the fastest of precision and memory layout for this backbone on this processor, measured once."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bound(self, "batch_size", least=1)
-
 
 @dataclass
-class HeadConfig:
+class HeadConfig(Settings):
     """The linear head on frozen features."""
 
     c: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
@@ -75,86 +72,77 @@ class HeadConfig:
 
 @dataclass
 class FrozenConfig(NetworkConfig):
-    """Benchmark B: features of a frozen backbone, then a linear head."""
+    """Benchmark B: features of a frozen backbone, then a linear head.
+
+    Examples:
+        stocktake frozen --root ../bins --image_size 224
+        stocktake frozen --backbone resnet50
+    """
 
     head: HeadConfig = field(default_factory=HeadConfig)
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Settings):
     """How the whole network is trained."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with Nesterov momentum 0.9."""
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
     """Learning rate over the run. step divides by 10 every third of it."""
-    head_lr_factor: float = 5.0
+    head_lr_factor: Annotated[float, Field(ge=1e-6, le=1e6)] = 5.0
     """The new head learns this many times faster than the backbone."""
-    freeze_epochs: int = 0
+    freeze_epochs: Annotated[int, Field(ge=0, le=1e6)] = 0
     """Epochs in which only the head learns."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, le=0.9)] = 0.0
     """Share of the target spread over the other classes."""
-    ordinal_smoothing: float = 0.0
+    ordinal_smoothing: Annotated[float, Field(ge=0, le=0.9)] = 0.0
     """Share of the target given to the neighbouring quantities."""
     class_weight: Literal["balanced", "none"] = "none"
     """balanced: every class weighs the same in the loss."""
     augment: Literal["none", "flip", "full"] = "full"
     """flip: horizontal flips (the paper's). full: flips, crops and colour."""
-    patience: int = 4
+    patience: Annotated[int, Field(ge=1, le=1e6)] = 4
     """Stop after this many epochs without a better val/macro_f1."""
-    gradient_clip: float = 1.0
+    gradient_clip: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Field(ge=1, le=1e6)] = 1
     """Batches whose gradients are added up before a step."""
-    workers: int | None = None
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Processes that load photos. Default: none on a CPU, one a core beside a GPU."""
-    max_steps: int = -1
+    max_steps: Annotated[int, Field(ge=-1, le=1e12)] = -1
     """Stop after this many steps; -1: no limit. For quick looks."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 10.0
     """Also write last.ckpt within an epoch, this often; --resume goes on there, to the same figures. 0: at the end of
     epochs, and on SIGTERM, only."""
     sync_batchnorm: bool = True
     """With several processes, normalise over the whole batch, so that their number does not change what is learnt.
     false: each over its own share: faster on a CPU, and another training for another number."""
-    collective_timeout: float = 300.0
+    collective_timeout: Annotated[float, Field(ge=1, le=1e6)] = 300.0
     """Seconds that a process waits for another one's part of a step before it gives up."""
-    world_size: int | None = None
+    world_size: Annotated[int, Field(ge=1, le=1e6)] | None = None
     """The number of processes that the job must have; another one is an error. Default: any."""
-
-    def __post_init__(self) -> None:
-        bound(self, "head_lr_factor", least=1e-6, most=1e6, option="training.")
-        bound(self, "freeze_epochs", least=0, most=1e6, option="training.")
-        bound(self, "label_smoothing", least=0, most=0.9, option="training.")
-        bound(self, "ordinal_smoothing", least=0, most=0.9, option="training.")
-        bound(self, "patience", least=1, most=1e6, option="training.")
-        bound(self, "gradient_clip", least=0, most=1e6, option="training.")
-        bound(self, "accumulate", least=1, most=1e6, option="training.")
-        bound(self, "workers", least=0, most=1024, option="training.")
-        bound(self, "max_steps", least=-1, most=1e12, option="training.")
-        bound(self, "checkpoint_minutes", least=0, most=1e6, option="training.")
-        bound(self, "collective_timeout", least=1, most=1e6, option="training.")
-        bound(self, "world_size", least=1, most=1e6, option="training.")
 
 
 @dataclass
 class FinetuneConfig(NetworkConfig):
-    """Train the whole network, stop early, keep the best checkpoint."""
+    """Train the whole network, stop early, keep the best checkpoint.
 
-    epochs: int = 6
+    Examples:
+        stocktake finetune --root ../bins --epochs 12 --lr 5e-4 --training.augment flip
+        stocktake finetune --backbone resnet34 --weights resnet34-b627a593.pth
+        stocktake finetune --root ../bins --resume workspace/runs/finetune-1a2b3c
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 6
     """Passes over the training split at most."""
-    lr: float = 1e-3
+    lr: Annotated[float, Field(ge=1e-12, le=100)] = 1e-3
     """Peak learning rate of the backbone."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Weight decay; none on biases and normalisation."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     resume: str | None = None
     """Go on from this run folder's last checkpoint."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bound(self, "epochs", least=1)
-        bound(self, "lr", least=1e-12, most=100)
-        bound(self, "weight_decay", least=0)
 
     def check_batch(self, processes: int) -> None:
         """Raises StocktakeError unless that many processes can share a batch out, at least 2 photos for each."""
@@ -169,30 +157,40 @@ class FinetuneConfig(NetworkConfig):
 
 @dataclass
 class DdpConfig(FinetuneConfig):
-    """Train the whole network in several processes, on one machine or more: finetune, started by torchrun."""
+    """Train the whole network in several processes, on one machine or more: finetune, started by torchrun.
 
-    nproc: int = 2
+    Examples:
+        stocktake ddp --nproc 2 --root ../bins --epochs 12
+        stocktake ddp --nproc 8 --max_restarts 2 --batch_size 512 --experiment experiments/quick.yaml
+        stocktake ddp --nproc 8 --nnodes 2 --node_rank 0 --rendezvous 10.0.0.1:29500
+    """
+
+    nproc: Annotated[int, Field(ge=1, le=1024)] = 2
     """Processes on each machine: one a GPU, or a few that share the cores."""
-    nnodes: int = 1
+    nnodes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Machines. The same command is given on each, with its own --node_rank."""
-    node_rank: int = 0
+    node_rank: Annotated[int, Field(ge=0)] = 0
     """This machine's number, from 0. Machine 0 logs the run and keeps its files."""
     rendezvous: str | None = None
     """host:port of machine 0, where all meet. Default: any free port, for one machine."""
-    max_restarts: int = 0
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 0
     """Begin again at the last checkpoint this many times when a process fails."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bound(self, "nproc", least=1, most=1024)
-        bound(self, "nnodes", least=1, most=1024)
-        bound(self, "node_rank", least=0, most=self.nnodes - 1)
-        bound(self, "max_restarts", least=0, most=1000)
+        if self.node_rank >= self.nnodes:
+            raise StocktakeError(f"--node_rank {self.node_rank} must be below --nnodes {self.nnodes}")
 
 
 @dataclass
 class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig):
-    """Majority, classical, frozen and fine-tuned on one manifest, a leaderboard, and a candidate version."""
+    """Majority, classical, frozen and fine-tuned on one manifest, a leaderboard, and a candidate version.
+
+    Examples:
+        stocktake ladder
+        stocktake ladder --root ../bins --task 0-5 --epochs 12
+        stocktake ladder --experiment experiments/quick.yaml --rungs '[majority,frozen]'
+    """
 
     rungs: tuple[Literal["majority", "classical", "frozen", "finetune"], ...] = (
         "majority",
@@ -205,18 +203,25 @@ class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig
 
 @dataclass
 class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
-    """Search a stage's settings with Optuna: a run for the study, a child run a trial, the best as an experiment."""
+    """Search a stage's settings with Optuna: a run for the study, a child run a trial, the best as an experiment.
+
+    Examples:
+        stocktake tune --root ../bins --trials 20 --workers 2
+        stocktake tune --root ../bins --stage frozen --objectives '[macro_f1,latency]' --pruner none
+        stocktake tune --space my.space.yaml --timeout 3600 --warm_start 3
+        stocktake tune --resume workspace/runs/tune-1a2b3c --trials 40
+    """
 
     stage: Literal["finetune", "frozen", "classical"] = "finetune"
     """What is searched. All its settings that the space does not vary are the same for all trials."""
     space: str | None = None
     """YAML of the search space: a path, or the NAME of experiments/NAME.space.yaml. Default: the stage's own, for
     finetune lr, weight_decay, batch_size, epochs and training.freeze_epochs."""
-    trials: int | None = None
+    trials: Annotated[int, Field(ge=1, le=1e6)] | None = None
     """How many trials the study has in all. Default: 20, or as many as the study was begun with."""
-    timeout: float | None = None
+    timeout: Annotated[float, Field(ge=0)] | None = None
     """Begin no further trial after this many seconds."""
-    workers: int = 1
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Trials at a time, each in a process of its own; they share the processor's cores out."""
     sampler: Literal["tpe", "random"] = "tpe"
     """tpe: learns from the trials before (multivariate). random: what the others found does not matter."""
@@ -227,20 +232,15 @@ class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
     storage: str | None = None
     """URL of a database for the study (sqlite:///study.db, postgresql://...). Default: a journal in the run's
     folder."""
-    warm_start: int = 0
+    warm_start: Annotated[int, Field(ge=0, le=1e4)] = 0
     """Try the settings of this many earlier runs first: the best ones of the same task and stage in the space."""
-    nproc: int = 1
+    nproc: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes a trial: more than one make every trial of finetune a DDP job."""
     resume: str | None = None
     """Go on with the study of this run folder (workspace/runs/tune-...); its settings are kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bound(self, "trials", least=1, most=1e6)
-        bound(self, "timeout", least=0)
-        bound(self, "workers", least=1, most=256)
-        bound(self, "warm_start", least=0, most=1e4)
-        bound(self, "nproc", least=1, most=256)
         if self.objectives not in (("macro_f1",), ("macro_f1", "latency")):
             raise StocktakeError("--objectives must be [macro_f1] or [macro_f1,latency]")
         if self.nproc > 1 and self.stage != "finetune":
@@ -248,8 +248,12 @@ class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
 
 
 @dataclass
-class TrialConfig:
-    """Train one trial of a study in several processes: what tune --nproc starts."""
+class TrialConfig(Settings):
+    """Train one trial of a study in several processes: what tune --nproc starts.
+
+    Examples:
+        stocktake trial --study workspace/runs/tune-1a2b3c --number 3
+    """
 
     study: str
     """Run folder of the study (workspace/runs/tune-...)."""

@@ -1,37 +1,31 @@
 """Versions of a registered model, and the gate between them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from stocktake.config.bound import bound
+from pydantic import Field
+
 from stocktake.config.runs import TrackingConfig
+from stocktake.config.settings import Settings
 from stocktake.errors import StocktakeError
 
 
 @dataclass
-class GateConfig:
+class GateConfig(Settings):
     """What a challenger has to show before it becomes the champion."""
 
-    min_gain: float = 0.0
+    min_gain: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """The gain in test macro-F1 over the champion: the lower end of its paired 95 % interval must be above this."""
-    max_recall_drop: float = 0.10
+    max_recall_drop: Annotated[float, Field(ge=0, le=1)] = 0.10
     """No quantity's recall on test may fall by more than this."""
-    max_latency_ms: float = 100.0
+    max_latency_ms: Annotated[float, Field(ge=0)] = 100.0
     """One photo's median milliseconds on this machine must be below this."""
-    max_size_mb: float = 200.0
+    max_size_mb: Annotated[float, Field(ge=0)] = 200.0
     """The model's megabytes must be below this."""
-
-    def __post_init__(self) -> None:
-        bound(self, "min_gain", least=-1, most=1, option="gate.")
-        bound(self, "max_recall_drop", least=0, most=1, option="gate.")
-        bound(self, "max_latency_ms", least=0, option="gate.")
-        bound(self, "max_size_mb", least=0, option="gate.")
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """A registered model, and where it is registered."""
 
     model_name: str | None = None
@@ -39,6 +33,7 @@ class ModelConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model_name is not None:
             self.tracking.model_name = self.model_name
         name = self.tracking.model_name
@@ -48,7 +43,12 @@ class ModelConfig:
 
 @dataclass
 class RegisterConfig(ModelConfig):
-    """Make a finished run's model a version, with the alias candidate and a model card."""
+    """Make a finished run's model a version, with the alias candidate and a model card.
+
+    Examples:
+        stocktake register --run workspace/runs/frozen-1a2b3c
+        stocktake register --run frozen-wide
+    """
 
     run: str | None = None
     """Which run: its id, its name in the experiment, or its folder (workspace/runs/frozen-1a2b3c)."""
@@ -58,7 +58,14 @@ class RegisterConfig(ModelConfig):
 
 @dataclass
 class PromoteConfig(ModelConfig):
-    """Make a version the challenger and, if the gate lets it pass, the champion."""
+    """Make a version the challenger and, if the gate lets it pass, the champion.
+
+    Examples:
+        stocktake promote
+        stocktake promote --version 3 --gate.min_gain 0.01 --gate.max_latency_ms 20
+        stocktake promote --version 3 --to challenger
+        stocktake promote --version 3 --force --reason urgent
+    """
 
     version: str = "candidate"
     """Which version: its number, or an alias (candidate, challenger)."""
@@ -80,7 +87,11 @@ class PromoteConfig(ModelConfig):
 
 @dataclass
 class RollbackConfig(ModelConfig):
-    """Make the champion before this one the champion again."""
+    """Make the champion before this one the champion again.
+
+    Examples:
+        stocktake rollback --reason drift
+    """
 
     reason: str | None = None
     """Why, for the history."""
@@ -90,7 +101,12 @@ class RollbackConfig(ModelConfig):
 
 @dataclass
 class RegistryConfig(ModelConfig):
-    """List the versions of a model, with their aliases and figures, and the history of promotions."""
+    """List the versions of a model, with their aliases and figures, and the history of promotions.
+
+    Examples:
+        stocktake registry
+        stocktake registry --format json
+    """
 
     format: Literal["table", "json"] = "table"
     """table: for people. json: for programs."""
