@@ -65,52 +65,50 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 when it did what it was asked, 2 when the user can mend what is wrong."""
-    given = [*(sys.argv[1:] if arguments is None else arguments)]
-    debug = "--debug" in given
-    given = [word for word in given if word != "--debug"]
+    """Run a command and exit.
+
+    The exit code is 0 on success, 2 for an error that the user can mend (told in one line), 1 for a job that failed,
+    130 on Ctrl-C. `--debug` shows the traceback of an error instead of its line.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     share_the_machine()
     try:
-        run(given)
+        run(words)
         sys.stdout.flush()
-    except StocktakeError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        exit_code, message = _explain(error, words[0] if words else "")
+        if debug or exit_code is None:
             raise
-        if not ranks.error_recorded():
-            print(f"stocktake: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code if isinstance(error, ranks.JobFailedError) else 2)
-    except ModuleNotFoundError as error:
-        if debug or (error.name or "stocktake").partition(".")[0] == "stocktake":
-            raise
-        extras = _EXTRAS.get((error.name or "").partition(".")[0], "serving,training")
-        print(
-            f"stocktake: {' '.join(given[:1])} needs {error.name}, which is not installed: "
-            f"pip install 'stocktake[{extras}]'",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except BrokenPipeError:
-        if debug or not _has_lost_its_reader():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written at the exit
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"stocktake: cannot write{where}: {error.strerror}; choose another --workspace", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        if ranks.LAUNCHER not in os.environ:
-            print("stocktake: interrupted", file=sys.stderr)
-        sys.exit(130)
+        if message and not ranks.error_recorded():
+            print(f"stocktake: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(exit_code)
     sys.exit(0)
 
 
-def _has_lost_its_reader() -> bool:
-    """Whether nobody reads the output any more, as in `stocktake jobs --follow NAME | grep -m1 epoch=1`."""
+def _explain(error: BaseException, command: str) -> tuple[int | None, str | None]:
+    """The exit code and the line for an error; no exit code for an error of the program itself."""
+    match error:
+        case ranks.JobFailedError():
+            return error.exit_code, str(error)
+        case StocktakeError():
+            return 2, str(error)
+        case ModuleNotFoundError(name=str(module)) if module.partition(".")[0] != "stocktake":
+            extras = _EXTRAS.get(module.partition(".")[0], "serving,training")
+            return 2, f"{command} needs {module}, which is not installed: pip install 'stocktake[{extras}]'"
+        case BrokenPipeError() if _output_is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
+            return 128 + signal.SIGPIPE, None
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            return 2, f"cannot write {error.filename or ''}: {error.strerror}; choose another --workspace"
+        case KeyboardInterrupt():
+            return 130, None if ranks.LAUNCHER in os.environ else "interrupted"
+    return None, None
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of stdout is gone, as in `stocktake jobs --follow NAME | grep -m1 epoch=1`."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in output.poll(0))

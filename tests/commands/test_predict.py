@@ -178,7 +178,7 @@ def test_what_is_no_source_of_photos_is_told(predict: Callable[..., Any], here: 
         (["empty.csv"], "empty.csv has no rows"),
         (["other.csv"], "has no column photo or path, but picture"),
         (["missing.csv"], "missing.csv cannot be read"),
-        (["photos", "--batch_size", "0"], "--batch_size 0 must be from 1"),
+        (["photos", "--batch_size", "0"], "--batch_size 0"),
         (["photos", "--output", "photos"], "--output photos cannot be written"),
     ):
         ended = predict(*words)
