@@ -16,7 +16,7 @@ from stocktake.evaluation.calibration import (
     expected_calibration_error,
     fit_calibration,
     reliability,
-    tempered,
+    temperature_scale,
 )
 from stocktake.evaluation.metrics import cross_entropy
 
@@ -34,16 +34,18 @@ def drawn(n: int, seed: int, sharpness: float = 0.7) -> tuple[np.ndarray, np.nda
 @given(temperature=st.floats(0.4, 4.0), seed=st.integers(0, 1000))
 def test_a_distorting_temperature_is_found(temperature: float, seed: int) -> None:
     probabilities, quantities = drawn(3000, seed)
-    fitted = fit_calibration(tempered(probabilities, temperature), quantities, LABELS)
+    fitted = fit_calibration(temperature_scale(probabilities, temperature), quantities, LABELS)
     assert fitted.temperature == pytest.approx(1 / temperature, rel=0.15)
     assert fitted.n == 3000
 
 
 def test_no_other_temperature_has_a_smaller_loss() -> None:
     probabilities, quantities = drawn(400, 3)
-    sharp = tempered(probabilities, 0.5)
+    sharp = temperature_scale(probabilities, 0.5)
     best = fit_calibration(sharp, quantities, LABELS).temperature
-    losses = {t: cross_entropy(tempered(sharp, t), quantities, LABELS) for t in (best, *np.geomspace(0.1, 15, 60))}
+    losses = {
+        t: cross_entropy(temperature_scale(sharp, t), quantities, LABELS) for t in (best, *np.geomspace(0.1, 15, 60))
+    }
     assert min(losses, key=losses.__getitem__) == pytest.approx(best, rel=0.03)
 
 
@@ -51,14 +53,14 @@ def test_no_other_temperature_has_a_smaller_loss() -> None:
 @given(temperature=st.floats(0.2, 8.0), seed=st.integers(0, 1000))
 def test_tempering_keeps_the_order_and_can_be_undone(temperature: float, seed: int) -> None:
     probabilities, _ = drawn(20, seed, sharpness=2.0)
-    soft = tempered(probabilities, temperature)
+    soft = temperature_scale(probabilities, temperature)
     np.testing.assert_allclose(soft.sum(1), 1)
     np.testing.assert_array_equal(soft.argmax(1), probabilities.argmax(1))
-    np.testing.assert_allclose(tempered(soft, 1 / temperature), probabilities, atol=1e-9)
+    np.testing.assert_allclose(temperature_scale(soft, 1 / temperature), probabilities, atol=1e-9)
 
 
 def test_a_certain_answer_stays_finite() -> None:
-    assert np.isfinite(tempered(np.array([[1.0, 0.0, 0.0]]), 3.0)).all()
+    assert np.isfinite(temperature_scale(np.array([[1.0, 0.0, 0.0]]), 3.0)).all()
 
 
 class Given(ClassifierMixin, BaseEstimator):
@@ -117,7 +119,7 @@ def test_sets_cover_other_bins_of_the_same_kind_at_the_level() -> None:
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 300), temperature=st.floats(0.3, 3))
 def test_the_calibration_error_is_that_of_torchmetrics(seed: int, n: int, temperature: float) -> None:
     probabilities, quantities = drawn(n, seed)
-    probabilities = tempered(probabilities, temperature).astype(np.float32).astype(np.float64)
+    probabilities = temperature_scale(probabilities, temperature).astype(np.float32).astype(np.float64)
     table = reliability(probabilities, quantities, LABELS)
     assert table["n"].sum() == n
     expected = multiclass_calibration_error(

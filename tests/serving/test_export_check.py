@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stocktake.errors import StocktakeError
-from stocktake.evaluation.calibration import tempered
+from stocktake.evaluation.calibration import temperature_scale
 from stocktake.models.export import export_model
 from stocktake.models.inference import predict
 from stocktake.models.majority import fit_majority
@@ -28,7 +28,7 @@ class Exported:
         self.folder, self.ids = folder, table["id"].tolist()
         self.prepared = bins.photos.read(table["hash"].tolist())
         raw = predict(model, bins.photos, table["hash"].tolist(), 8, torch.device("cpu"))
-        self.expected = tempered(raw, 1.7)
+        self.expected = temperature_scale(raw, 1.7)
         export_model(model, folder, {"temperature": 1.7, "set_threshold": 0.2})
 
     def check(self, expected: np.ndarray | None = None):
@@ -68,7 +68,7 @@ def test_an_export_that_answers_otherwise_is_refused(few_bins, tmp_path: Path) -
 def test_a_small_difference_of_many_probabilities_is_refused_too(few_bins, tmp_path: Path) -> None:
     exported = Exported("pca_svm", few_bins, tmp_path)
     with pytest.raises(StocktakeError, match=r"differs by 0\.\d+ from the checkpoint's \(tolerance 0\.001\)"):
-        exported.check(tempered(exported.expected, 1.1))
+        exported.check(temperature_scale(exported.expected, 1.1))
 
 
 def test_a_graph_that_one_engine_cannot_load_is_served_by_the_other(few_bins, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from stocktake.data.images import PhotoError, decode, prepare
 from stocktake.data.manifest import Manifest, build_manifest
 from stocktake.data.source import Source
 from stocktake.evaluation import eda as exploration
-from stocktake.evaluation.figures import replacing, save
+from stocktake.evaluation.figures import save
+from stocktake.files import atomic_write
 from stocktake.progress import progress
 from stocktake.tracking.local_store import DatasetRecord
 from stocktake.tracking.runs import start_run
@@ -341,8 +342,7 @@ class _Page:
             tiles=cells,
             body="\n".join(self.parts),
         )
-        with replacing(self.folder / "eda.html") as beside:
-            beside.write_text(content, encoding="utf-8")
+        atomic_write(self.folder / "eda.html", content)
 
 
 _TEMPLATE = """<!doctype html>

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from stocktake.commands.stage_runs import dataset_record, prediction_table, print_test_lines
+from stocktake.commands.stage_runs import dataset_record
 from stocktake.config import EvaluateConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos
 from stocktake.data.task import parse_task
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.calibration import Calibration
-from stocktake.evaluation.report import write_report
+from stocktake.evaluation.evaluation import Evaluation
 from stocktake.progress import progress
 from stocktake.registry.models import fetch_model, pinned
 from stocktake.registry.versions import version_label
@@ -59,21 +59,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         with progress("counting", len(bins)) as advance:
             for start in range(0, len(bins), config.batch_size):
                 hashes = bins["hash"].iloc[start : start + config.batch_size].tolist()
-                parts.append(counter.probabilities(photos.read(hashes)))
+                parts.append(counter.probabilities(photos.read(hashes), calibrated=False))
                 advance(len(hashes))
-        predictions = prediction_table(bins, np.concatenate(parts), labels)
-        title = f"{config.model}, {config.on} split"
-        metrics = write_report(
-            run.artifacts / "evaluation",
-            predictions,
+        evaluation = Evaluation(
+            np.concatenate(parts),
+            bins,
             labels,
-            split=config.on,
-            title=title,
-            seed=config.seed,
+            config.on,
+            title=f"{config.model}, {config.on} split",
             calibration=Calibration.read(counter.description["calibration"]),
+            seed=config.seed,
         )
-        run.log_metrics(metrics)
-    print_test_lines(metrics, predictions, labels, config.on)
+        evaluation.log(run)
+    print(evaluation.summary)
+    metrics = evaluation.metrics
     low, high = metrics[f"{config.on}/macro_f1_low"], metrics[f"{config.on}/macro_f1_high"]
     print(
         f"{config.model} on {len(bins)} {config.on} bins of {manifest.source.root}: "

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import yaml
 
 from stocktake import ranks
@@ -28,8 +27,7 @@ from stocktake.data.photos import prepare_photos
 from stocktake.data.splits import Split
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.calibration import Calibration, fit_calibration
-from stocktake.evaluation.metrics import confusion_matrix
-from stocktake.evaluation.report import write_report
+from stocktake.evaluation.evaluation import Evaluation
 from stocktake.models.checkpoint import save_model
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
@@ -40,6 +38,8 @@ from stocktake.tracking.runs import NullRun, TrackedRun, start_run
 from stocktake.tracking.sync import end_run
 
 MODEL = "model"
+_FITTED = ("temperature", "set_threshold", "n")
+"""What of the calibration is logged as metrics."""
 _JOB = "ddp.job"
 _LOCK_SECONDS = 10.0
 
@@ -248,7 +248,7 @@ def evaluate_and_log(
     step: int = 0,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Evaluate a finished model on val and test, save it, and hand all of it to its run.
+    """Evaluate a finished model on val and test, save it, and log all of it to its run.
 
     The test split is read here and nowhere else: everything was chosen on val before. The processes of a distributed
     job call this together: all predict, the first one saves.
@@ -257,31 +257,35 @@ def evaluate_and_log(
         `val/...` and `test/...` metrics with intervals.
     """
     val, test = (split_probabilities(model, prepared, split, batch_size) for split in ("val", "test"))
-    recorded = prepared.manifest.split("val")["quantity"].to_numpy()
-    calibration = ranks.run_on_rank_zero(lambda: fit_calibration(val, recorded, model.spec.labels))
-    metrics = report_split(run, model, config, prepared, "val", calibration.apply(val), calibration)
-    metrics |= report_split(run, model, config, prepared, "test", calibration.apply(test), calibration)
-    fitted = {name: value for name, value in asdict(calibration).items() if name != "set_level"}
-    metrics |= {f"calibration/{name}": float(value) for name, value in fitted.items()}
-    ranks.run_on_rank_zero(
-        lambda: _keep_model(run, model, prepared, metrics, step, calibration, calibration.apply(val))
-    )
-    return metrics
+
+    def log() -> dict[str, float]:
+        quantities = prepared.manifest.split("val")["quantity"].to_numpy()
+        calibration = fit_calibration(val, quantities, model.spec.labels)
+        metrics = {f"calibration/{name}": float(getattr(calibration, name)) for name in _FITTED}
+        run.log_metrics(metrics, step=step)
+        for evaluation in (
+            evaluate_split(run, model, config, prepared, "val", val, calibration),
+            test_evaluation := evaluate_split(run, model, config, prepared, "test", test, calibration),
+        ):
+            evaluation.log(run, step)
+            metrics |= evaluation.metrics
+        print(test_evaluation.summary, flush=True)
+        _keep_model(run, model, prepared, calibration, calibration.apply(val))
+        return metrics
+
+    return ranks.run_on_rank_zero(log)
 
 
 def _keep_model(
     run: TrackedRun,
     model: CountingModel,
     prepared: PreparedData,
-    metrics: dict[str, float],
-    step: int,
     calibration: Calibration,
     val: npt.NDArray[np.float64],
 ) -> None:
     from stocktake.serving.export_check import PHOTOS, check_export
     from stocktake.serving.pyfunc import save_pyfunc
 
-    run.log_metrics(metrics, step=step)
     save_model(model, run.artifacts / "checkpoint")
     bins = prepared.manifest.split("val")
     rows = np.linspace(0, len(bins) - 1, min(PHOTOS, len(bins))).astype(int)
@@ -301,7 +305,7 @@ def split_probabilities(
     return predict(model, prepared.photos, prepared.manifest.split(split)["hash"].tolist(), batch_size, pick_device())
 
 
-def report_split(
+def evaluate_split(
     run: TrackedRun,
     model: CountingModel,
     config: ImageConfig,
@@ -309,54 +313,17 @@ def report_split(
     split: Split,
     probabilities: npt.NDArray[np.float64],
     calibration: Calibration | None = None,
-) -> dict[str, float]:
-    """Score a split's probabilities; the report goes to the run's artifacts.
-
-    The processes of a distributed job call this together; the first one reports.
-
-    Returns:
-        `SPLIT/...` metrics with intervals, for the run to log.
-    """
-    predictions = prediction_table(prepared.manifest.split(split), probabilities, model.spec.labels)
-
-    def report() -> dict[str, float]:
-        metrics = write_report(
-            run.artifacts / "evaluation",
-            predictions,
-            model.spec.labels,
-            split=split,
-            title=f"{run.run_folder.tags['stage']}, {split} split",
-            seed=config.seed,
-            calibration=calibration,
-        )
-        if split == "test":
-            print_test_lines(metrics, predictions, model.spec.labels)
-        return metrics
-
-    return ranks.run_on_rank_zero(report)
-
-
-def prediction_table(
-    bins: pd.DataFrame, probabilities: npt.NDArray[np.float64], labels: tuple[int, ...]
-) -> pd.DataFrame:
-    """A row a bin: id, group, quantity, predicted, confidence, and p_<label> for each label."""
-    best = probabilities.argmax(1)
-    columns = {f"p_{label}": probabilities[:, column] for column, label in enumerate(labels)}
-    return bins[["id", "group", "quantity"]].assign(
-        predicted=np.array(labels)[best], confidence=probabilities.max(1), **columns
+) -> Evaluation:
+    """The evaluation of a split's probabilities, titled by the run's stage."""
+    return Evaluation(
+        probabilities,
+        prepared.manifest.split(split),
+        model.spec.labels,
+        split,
+        title=f"{run.run_folder.tags['stage']}, {split} split",
+        calibration=calibration,
+        seed=config.seed,
     )
-
-
-def print_test_lines(
-    metrics: Mapping[str, float], predictions: pd.DataFrame, labels: tuple[int, ...], split: str = "test"
-) -> None:
-    """The first seed's lines of a test."""
-    of = {name.removeprefix(f"{split}/"): value for name, value in metrics.items()}
-    matrix = confusion_matrix(labels, predictions["quantity"].to_numpy(), predictions["predicted"].to_numpy())
-    word = split.upper()
-    print(f"{word}: loss={of['loss']:.6f} acc={of['accuracy']:.6f} macro_f1={of['macro_f1']:.6f}")
-    print(f"{word}: macro_precision={of['macro_precision']:.6f} macro_recall={of['macro_recall']:.6f}")
-    print(f"{word}: confusion_matrix=\n{matrix}", flush=True)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

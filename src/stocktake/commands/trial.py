@@ -25,11 +25,11 @@ from stocktake.commands.frozen import train_frozen
 from stocktake.commands.stage_runs import (
     PreparedData,
     end_dead_run,
+    evaluate_split,
     flatten,
     log_config,
     own_run,
     prepare_data,
-    report_split,
     run_tags,
     split_probabilities,
 )
@@ -278,12 +278,16 @@ def train_trial(
         run.set_tags({"trial.reason": verdict.reason})
         return TrialState.PRUNED, None
     probabilities = split_probabilities(model, prepared, "val", getattr(config, "batch_size", 64))
-    metrics = report_split(run, model, config, prepared, "val", probabilities)
-    values = [metrics["val/macro_f1"]]
+
+    def log() -> float:
+        evaluation = evaluate_split(run, model, config, prepared, "val", probabilities)
+        evaluation.log(run, verdict.epoch + 1)
+        return evaluation.metrics["val/macro_f1"]
+
+    values = [ranks.run_on_rank_zero(log)]
     if "latency_ms" in objectives:
-        metrics["latency_ms"] = ranks.run_on_rank_zero(lambda: measure_latency(model, prepared))
-        values.append(metrics["latency_ms"])
-    run.log_metrics(metrics, step=verdict.epoch + 1)
+        values.append(ranks.run_on_rank_zero(lambda: measure_latency(model, prepared)))
+        run.log_metrics({"latency_ms": values[-1]}, step=verdict.epoch + 1)
     if ranks.is_rank_zero():
         save_model(model, run.artifacts / CHECKPOINT)
     return TrialState.COMPLETE, values

@@ -5,10 +5,8 @@ Drawn on figures of their own, without pyplot: no window system, no state shared
 
 from __future__ import annotations
 
-import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stocktake.evaluation.metrics import scores
+from stocktake.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,18 +24,6 @@ if TYPE_CHECKING:
 # Told apart with every common colour blindness: Okabe & Ito, Color Universal Design (2008).
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#222222", "#6B6B6B", "#E3E3E3"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and move it there once written: no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -51,8 +38,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     """Write a figure as PNG."""
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=dpi)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:

@@ -1,20 +1,21 @@
-"""How sure a score is: bootstrap intervals that respect that looks at one bin are not independent."""
+"""Bootstrap intervals over bin groups: the snapshots of one bin are not independent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stocktake.evaluation.metrics import positions, scores
+from stocktake.evaluation.metrics import class_indices, scores
 
-CHUNK_NUMBERS = 2_000_000  # numbers held at once by a chunk of resamples: 16 MB
+_CHUNK = 200
+"""Resamples scored at once: bounds the memory."""
 
 
 class Interval(NamedTuple):
-    """Where a score lies at the asked level, in the score's own unit."""
+    """The ends of an interval, in the score's own unit."""
 
     low: float
     high: float
@@ -24,7 +25,7 @@ def bootstrap_intervals(
     labels: Sequence[int],
     quantities: NDArray[Any],
     predicted: NDArray[Any],
-    groups: NDArray[Any] | None = None,
+    groups: NDArray[Any],
     *,
     resamples: int = 2000,
     level: float = 0.95,
@@ -32,7 +33,7 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Percentile bootstrap interval of every score of `metrics.scores`.
 
-    A resample draws as many groups as there are, with replacement, each with all its looks; the interval is
+    A resample draws as many groups as there are, with replacement, each with all its snapshots; the interval is
     the (1 - level) / 2 and (1 + level) / 2 quantiles of the scores over the resamples. Efron & Tibshirani,
     An Introduction to the Bootstrap (1993), ch. 13; whole groups as the unit: Davison & Hinkley, Bootstrap
     Methods and their Application (1997), sec. 3.8.
@@ -43,8 +44,8 @@ def bootstrap_intervals(
     Args:
         labels: the task's K quantities.
         quantities: (N,) recorded quantities.
-        predicted: (N,) counted quantities.
-        groups: (N,) any hashable: which bin a look is of. None: every look is its own.
+        predicted: (N,) predicted quantities.
+        groups: (N,) the bin group of each snapshot, any hashable.
         resamples: how many times to resample.
         level: share of the resamples inside the interval, between 0 and 1.
         seed: the same seed gives the same intervals.
@@ -53,16 +54,8 @@ def bootstrap_intervals(
         StocktakeError: a quantity is none of the labels.
         ValueError: no bins, arrays of different lengths, or a level outside 0 to 1.
     """
-    k = len(labels)
-    truth, ours = _places(labels, quantities, predicted)
-    occupied, at = np.unique(truth * k + ours, return_inverse=True)
-    drawn: dict[str, list[NDArray[Any]]] = {}
-    for counts in _resampled_counts(at, groups, k * k, resamples, level, seed):
-        confusion = np.zeros((len(counts), k * k))
-        confusion[:, occupied] = counts
-        for name, value in scores(confusion.reshape(-1, k, k), labels).items():
-            drawn.setdefault(name, []).append(np.asarray(value))
-    return {name: _percentiles(np.concatenate(values), level) for name, values in drawn.items()}
+    (drawn,) = _resampled_scores(labels, quantities, [predicted], groups, resamples, seed)
+    return {name: _percentiles(values, level) for name, values in drawn.items()}
 
 
 def paired_difference_interval(
@@ -70,27 +63,26 @@ def paired_difference_interval(
     quantities: NDArray[Any],
     predicted: NDArray[Any],
     reference: NDArray[Any],
-    groups: NDArray[Any] | None = None,
+    groups: NDArray[Any],
     *,
     metric: str = "macro_f1",
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Interval of how much one model's score exceeds another's on the same bins.
+    """Interval of score(predicted) - score(reference) on the same bins.
 
-    Both models are scored on the same resample and the difference, score(predicted) - score(reference), is
-    taken there: what makes a bin hard for both cancels out, so this tells two models apart where their own
-    intervals overlap. The paired bootstrap test of Efron & Tibshirani (1993), sec. 16.4, with whole groups
-    as the unit. For a score where less is better (rmse, mae), better is a difference below 0.
+    Both models are scored on the same resample and the difference is taken there: what makes a bin hard for both
+    cancels out, so this tells two models apart where their own intervals overlap. The paired bootstrap of Efron &
+    Tibshirani (1993), sec. 16.4, with whole groups as the unit. For rmse and mae, better is a difference below 0.
 
     Args:
         labels: the task's K quantities.
         quantities: (N,) recorded quantities.
-        predicted: (N,) quantities counted by the model in question.
-        reference: (N,) quantities counted by the model it is held against.
-        groups: (N,) which bin a look is of. None: every look is its own.
-        metric: a name that `metrics.scores` gives.
+        predicted: (N,) quantities predicted by the model in question.
+        reference: (N,) quantities predicted by the model that it is compared with.
+        groups: (N,) the bin group of each snapshot.
+        metric: a name that `metrics.scores` returns.
         resamples: how many times to resample.
         level: share of the resamples inside the interval, between 0 and 1.
         seed: the same seed gives the same interval.
@@ -99,72 +91,55 @@ def paired_difference_interval(
         StocktakeError: a quantity is none of the labels.
         ValueError: an unknown metric, no bins, arrays of different lengths, or a level outside 0 to 1.
     """
-    known = scores(np.zeros((len(labels), len(labels))), labels)
-    if metric not in known:
-        raise ValueError(f"unknown metric {metric!r}: one of {', '.join(known)}")
-    k = len(labels)
-    truth, ours, theirs = _places(labels, quantities, predicted, reference)
-    # A bin falls into one of K cubed cells; only the few that occur are counted, then summed to two matrices.
-    occupied, at = np.unique((truth * k + ours) * k + theirs, return_inverse=True)
-    truth, ours, theirs = occupied // (k * k), occupied // k % k, occupied % k
-    to_ours, to_theirs = np.zeros((2, occupied.size, k * k))
-    to_ours[np.arange(occupied.size), truth * k + ours] = 1
-    to_theirs[np.arange(occupied.size), truth * k + theirs] = 1
-    differences = []
-    for counts in _resampled_counts(at, groups, 2 * k * k, resamples, level, seed):
-        ours_score, theirs_score = (
-            np.asarray(scores((counts @ to).reshape(-1, k, k), labels)[metric]) for to in (to_ours, to_theirs)
-        )
-        differences.append(ours_score - theirs_score)
-    return _percentiles(np.concatenate(differences), level)
+    ours, theirs = _resampled_scores(labels, quantities, [predicted, reference], groups, resamples, seed)
+    if metric not in ours:
+        raise ValueError(f"unknown metric {metric!r}: one of {', '.join(ours)}")
+    return _percentiles(ours[metric] - theirs[metric], level)
 
 
-def _places(labels: Sequence[int], *columns: NDArray[Any]) -> list[NDArray[np.int64]]:
-    places = [positions(labels, column) for column in columns]
-    if len({place.size for place in places}) != 1:
-        raise ValueError(f"columns of {', '.join(str(p.size) for p in places)} bins: they must be as many")
-    return places
-
-
-def _resampled_counts(
-    cells: NDArray[np.int64],
-    groups: NDArray[Any] | None,
-    width: int,
+def _resampled_scores(
+    labels: Sequence[int],
+    quantities: NDArray[Any],
+    models: Sequence[NDArray[Any]],
+    groups: NDArray[Any],
     resamples: int,
-    level: float,
     seed: int,
-) -> Iterator[NDArray[np.float64]]:
-    """Chunks of resamples, each (chunk, C): how many bins of a resample fall into each of the C cells.
+) -> list[dict[str, NDArray[np.float64]]]:
+    """Score each model on the same resamples of the groups: for each model, score name -> (resamples,) values.
 
-    Groups with the same counts are interchangeable, so instead of drawing groups one by one, the number of
-    draws of each distinct row is drawn, from the multinomial that it follows: the same distribution, and the
-    cost depends on the distinct rows, not on the bins.
+    A bin falls into one of the K ** (1 + models) cells of (recorded, predicted by each model). Groups with the same
+    counts in the cells are interchangeable, so the number of draws of each distinct row of counts is drawn from its
+    multinomial distribution instead of the groups one by one: the cost depends on the distinct rows, not on the bins.
     """
-    if cells.size == 0:
-        raise ValueError("an interval needs at least one bin")
-    if not 0 < level < 1:
-        raise ValueError(f"level is between 0 and 1, not {level}")
-    if resamples < 1:
-        raise ValueError(f"resamples is at least 1, not {resamples}")
-    kinds = int(cells.max()) + 1
-    if groups is None:
-        rows, times = np.eye(kinds), np.bincount(cells, minlength=kinds)
-    else:
-        if len(groups) != cells.size:
-            raise ValueError(f"{cells.size} bins and {len(groups)} groups: they must be as many")
-        _, members = np.unique(np.asarray(groups), return_inverse=True)
-        per_group = np.zeros((int(members.max()) + 1, kinds), dtype=np.int32)
-        np.add.at(per_group, (members, cells), 1)
-        distinct, times = np.unique(per_group, axis=0, return_counts=True)
-        rows = distinct.astype(np.float64)
-    draws = int(times.sum())
-    shares = times / draws
+    k, n = len(labels), len(quantities)
+    if n == 0 or any(len(column) != n for column in (*models, groups)):
+        raise ValueError(f"an interval needs columns of one length, not {n}, {len(groups)}, {[*map(len, models)]}")
+    cell = class_indices(labels, quantities)
+    for predicted in models:
+        cell = cell * k + class_indices(labels, predicted)
+    occupied, column = np.unique(cell, return_inverse=True)
+    _, row = np.unique(np.asarray(groups), return_inverse=True)
+    per_group = np.zeros((row.max() + 1, len(occupied)), dtype=np.int32)
+    np.add.at(per_group, (row, column), 1)
+    distinct, times = np.unique(per_group, axis=0, return_counts=True)
+
+    to_confusion = []  # (cells, K * K) for each model: sums the cells to its confusion matrix
+    for index in range(len(models)):
+        truth, predicted = occupied // k ** len(models), occupied // k ** (len(models) - 1 - index) % k
+        to_confusion.append(distinct @ np.eye(k * k)[truth * k + predicted])
     rng = np.random.default_rng(seed)
-    chunk = max(1, CHUNK_NUMBERS // max(len(rows), width))
-    for start in range(0, resamples, chunk):
-        yield rng.multinomial(draws, shares, size=min(chunk, resamples - start)) @ rows
+    chunks: list[list[dict[str, Any]]] = []
+    for start in range(0, resamples, _CHUNK):
+        draws = rng.multinomial(times.sum(), times / times.sum(), size=min(_CHUNK, resamples - start))
+        chunks.append([scores((draws @ rows).reshape(-1, k, k), labels) for rows in to_confusion])
+    return [
+        {name: np.concatenate([chunk[index][name] for chunk in chunks]) for name in chunks[0][index]}
+        for index in range(len(models))
+    ]
 
 
 def _percentiles(values: NDArray[np.float64], level: float) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level is between 0 and 1, not {level}")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))

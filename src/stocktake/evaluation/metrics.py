@@ -1,8 +1,4 @@
-"""Scores of counting, all of them derived from one confusion matrix.
-
-A confusion matrix holds counts and therefore sums exactly: over batches, over processes, over the groups of a
-bootstrap resample. The scores are computed once, from the sum, and are those of scikit-learn.
-"""
+"""Scores of predicted quantities: scikit-learn's, and the same for many confusion matrices at once."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from stocktake.errors import StocktakeError
@@ -18,67 +15,56 @@ Confusion = NDArray[np.int64]
 Scores = dict[str, NDArray[np.float64] | float]
 
 
-def confusion_matrix(labels: Sequence[int], quantities: NDArray[Any], predicted: NDArray[Any]) -> Confusion:
-    """Count how often each recorded quantity was counted as each label.
-
-    Args:
-        labels: the task's quantities, in the order of the rows and columns.
-        quantities: (N,) recorded quantities.
-        predicted: (N,) counted quantities.
-
-    Returns:
-        (K, K) counts; row = recorded, column = counted.
+def class_indices(labels: Sequence[int], quantities: NDArray[Any]) -> NDArray[np.int64]:
+    """Map (N,) quantities to their (N,) indices among the labels.
 
     Raises:
-        StocktakeError: a quantity is none of the labels, which would otherwise vanish from every score.
+        StocktakeError: a quantity is none of the labels; scikit-learn would leave it out of every score.
+    """
+    quantities = np.asarray(quantities).ravel()
+    indices = pd.Index(labels).get_indexer(pd.Index(quantities))
+    if (unknown := quantities[indices < 0]).size:
+        raise StocktakeError(
+            f"quantity {unknown[0]} is none of the labels {', '.join(map(str, labels))}: "
+            "choose a task that holds it, or leave those bins out"
+        )
+    return np.asarray(indices, dtype=np.int64)
+
+
+def confusion_matrix(labels: Sequence[int], quantities: NDArray[Any], predicted: NDArray[Any]) -> Confusion:
+    """Return the (K, K) counts of recorded (row) against predicted (column) quantities.
+
+    Args:
+        labels: the task's K quantities, in the order of the rows and columns.
+        quantities: (N,) recorded quantities.
+        predicted: (N,) predicted quantities.
+
+    Raises:
+        StocktakeError: a quantity is none of the labels.
         ValueError: the two arrays differ in length.
     """
-    rows, columns = positions(labels, quantities), positions(labels, predicted)
-    if rows.shape != columns.shape:
-        raise ValueError(f"{rows.size} quantities and {columns.size} predictions: they must be as many")
+    rows, columns = class_indices(labels, quantities), class_indices(labels, predicted)
+    if len(rows) != len(columns):
+        raise ValueError(f"{len(rows)} quantities and {len(columns)} predictions: they must be as many")
     k = len(labels)
     return np.bincount(rows * k + columns, minlength=k * k).reshape(k, k).astype(np.int64)
 
 
-def positions(labels: Sequence[int], quantities: NDArray[Any]) -> NDArray[np.int64]:
-    """Where each quantity stands among the labels: (N,) values to (N,) indices below K.
-
-    Raises:
-        StocktakeError: a quantity is none of the labels.
-    """
-    values = np.asarray(labels, dtype=np.int64)
-    if values.size == 0 or np.unique(values).size != values.size:
-        raise ValueError(f"labels must be distinct and at least one, not {list(labels)}")
-    quantities = np.asarray(quantities).ravel()
-    order = np.argsort(values)
-    found = order[np.searchsorted(values, quantities, sorter=order).clip(max=values.size - 1)]
-    strangers = quantities[values[found] != quantities]
-    if strangers.size:
-        raise StocktakeError(
-            f"quantity {strangers[0]} is none of the labels {', '.join(map(str, labels))}: "
-            "choose a task that holds it, or leave those bins out"
-        )
-    return np.asarray(found, dtype=np.int64)
-
-
 def scores(confusion: NDArray[Any], labels: Sequence[int]) -> Scores:
-    """Derive every score from confusion matrices.
+    """Derive every score from one or many confusion matrices.
 
-    accuracy, the share counted exactly; macro_precision, macro_recall and macro_f1, plain means over all
-    labels; recall_<label>; rmse and mae, in items; within_1, the share counted at most one item off.
-
-    The definitions are scikit-learn's with `labels=labels, zero_division=0` (Pedregosa et al. 2011;
-    `precision_recall_fscore_support`, `mean_squared_error`): a ratio whose denominator is 0 is 0. A label
-    that no bin of the sample has is therefore not left out of a macro mean: its recall and F1 are 0 and pull
-    the mean down, so macro scores of two samples compare only where both hold every label. With no bins at
-    all, every score is nan.
+    scikit-learn scores one sample a call; a bootstrap scores thousands, so the formulas are written out here, with
+    scikit-learn's definitions for `labels=labels, zero_division=0` (Pedregosa et al. 2011): a ratio whose denominator
+    is 0 is 0. A label that no bin has is not left out of a macro mean: its recall and F1 of 0 pull the mean down, so
+    macro scores of two samples compare only where both hold every label.
 
     Args:
-        confusion: (..., K, K) counts, row = recorded, column = counted.
-        labels: the K quantities; rmse, mae and within_1 are taken on these values.
+        confusion: (..., K, K) counts, row = recorded, column = predicted.
+        labels: the K quantities.
 
     Returns:
-        name -> float for one matrix, name -> array of shape (...) for many.
+        accuracy; macro_f1, macro_precision, macro_recall; rmse and mae (items); within_1 (share at most one off);
+        recall_<label>. A float each for one matrix, an array of shape (...) for many; nan where there are no bins.
 
     Raises:
         ValueError: the last two dimensions are not K by K.
@@ -88,16 +74,15 @@ def scores(confusion: NDArray[Any], labels: Sequence[int]) -> Scores:
     if counts.shape[-2:] != (k, k):
         raise ValueError(f"a confusion matrix of {k} labels is {k} by {k}, not {counts.shape[-2:]}")
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    recorded, counted = counts.sum(-1), counts.sum(-2)
+    recorded, predicted = counts.sum(-1), counts.sum(-2)
     total = counts.sum((-2, -1))
-
     recall = _ratio(hits, recorded)
     values = np.asarray(labels, dtype=np.float64)
     off = np.abs(values[:, None] - values[None, :])
     result: dict[str, NDArray[np.float64]] = {
         "accuracy": _ratio(hits.sum(-1), total),
-        "macro_f1": _ratio(2 * hits, recorded + counted).mean(-1),
-        "macro_precision": _ratio(hits, counted).mean(-1),
+        "macro_f1": _ratio(2 * hits, recorded + predicted).mean(-1),
+        "macro_precision": _ratio(hits, predicted).mean(-1),
         "macro_recall": recall.mean(-1),
         "rmse": np.sqrt(_ratio((counts * off**2).sum((-2, -1)), total)),
         "mae": _ratio((counts * off).sum((-2, -1)), total),
@@ -108,22 +93,11 @@ def scores(confusion: NDArray[Any], labels: Sequence[int]) -> Scores:
     return {name: value if value.ndim else float(value) for name, value in result.items()}
 
 
-def per_class(confusion: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
-    """Precision, recall and F1 of each label of one (K, K) matrix, each of shape (K,); 0 where undefined."""
-    counts = np.asarray(confusion, dtype=np.float64)
-    hits, recorded, counted = np.diagonal(counts), counts.sum(1), counts.sum(0)
-    return {
-        "precision": _ratio(hits, counted),
-        "recall": _ratio(hits, recorded),
-        "f1": _ratio(2 * hits, recorded + counted),
-    }
-
-
 def cross_entropy(probabilities: NDArray[Any], quantities: NDArray[Any], labels: Sequence[int]) -> float:
-    """Mean negative log probability (nats) of the recorded quantity, as scikit-learn's `log_loss`.
+    """Return the mean negative log probability (nats) of the recorded quantity.
 
-    A probability of 0 counts as the smallest step of a 64-bit float, so one certain mistake costs 36 nats
-    and not infinity.
+    scikit-learn's `log_loss`: a probability of 0 counts as the smallest step of a 64-bit float, so one certain
+    mistake costs 36 nats and not infinity.
 
     Args:
         probabilities: (N, K), each row summing to 1, columns in the order of the labels.
@@ -132,16 +106,12 @@ def cross_entropy(probabilities: NDArray[Any], quantities: NDArray[Any], labels:
 
     Raises:
         StocktakeError: a quantity is none of the labels.
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or N is 0.
     """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    at = positions(labels, quantities)
-    if probabilities.shape != (at.size, len(labels)):
-        raise ValueError(f"probabilities are of shape {(at.size, len(labels))}, not {probabilities.shape}")
-    if at.size == 0:
-        return float("nan")
-    right = probabilities[np.arange(at.size), at]
-    return float(-np.log(np.clip(right, np.finfo(np.float64).eps, 1.0)).mean())
+    from sklearn.metrics import log_loss
+
+    truth = class_indices(labels, quantities)
+    return float(log_loss(truth, np.asarray(probabilities, dtype=np.float64), labels=range(len(labels))))
 
 
 def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:

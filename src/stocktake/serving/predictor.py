@@ -125,9 +125,9 @@ class Predictor:
         """
         return prepare(decode(photo), self.size)
 
-    def probabilities(self, prepared: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-        """(n, len(labels)), calibrated, of prepared photos (n, size, size, 3)."""
-        scaled = self._forward(prepared).astype(np.float64) / self.temperature
+    def probabilities(self, prepared: npt.NDArray[np.uint8], *, calibrated: bool = True) -> npt.NDArray[np.float64]:
+        """(n, len(labels)), calibrated or the network's own, of prepared photos (n, size, size, 3)."""
+        scaled = self._forward(prepared).astype(np.float64) / (self.temperature if calibrated else 1.0)
         shifted = np.exp(scaled - scaled.max(1, keepdims=True))
         shares: npt.NDArray[np.float64] = shifted / shifted.sum(1, keepdims=True)
         return shares

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from stocktake.evaluation.figures import replacing
+from stocktake.files import atomic_path
 
 EXPERIMENT, BEST = "experiment.yaml", "best.yaml"
 """In a run's artifacts: a trial's own settings, and those of a search's best trial."""
@@ -33,7 +33,7 @@ def write_experiment(path: Path, config: Any, header_lines: Sequence[str]) -> No
     comments = "".join(f"# {line}".rstrip() + "\n" for text in header_lines for line in text.splitlines() or [""])
     settings = _differing(config, type(config)(), LEFT_OUT)
     dumped = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000) if settings else ""
-    with replacing(path) as beside:
+    with atomic_path(path) as beside:
         beside.write_text(comments + dumped, encoding="utf-8")
 
 
