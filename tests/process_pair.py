@@ -73,10 +73,10 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     import torch
 
-    from stocktake import ranks
+    from stocktake import distributed
 
     torch.set_num_threads(1)
-    with ranks.joined(timeout=60):
+    with distributed.process_group(timeout=60):
         while True:
             try:
                 function, arguments = pipe.recv()

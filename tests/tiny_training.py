@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.commands.stage_runs import PreparedData
 from stocktake.config import FinetuneConfig, TrainingConfig
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import PLAIN, Precision
-from stocktake.training.batchnorm import SynchronisedBatchNorm
 from stocktake.training.fit import FitResult, fit
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
 
@@ -60,7 +59,7 @@ def train(
     dropout: float = 0.0,
 ) -> tuple[list[dict[str, float]], FitResult, dict[str, torch.Tensor]]:
     """The figures of each epoch as this process was told them, what was found, and the weights at the end."""
-    if ranks.is_rank_zero():
+    if distributed.is_rank_zero():
         checkpoints.mkdir(parents=True, exist_ok=True)
     told: list[dict[str, float]] = []
 
@@ -72,7 +71,6 @@ def train(
     fitted = fit(
         model, prepared.manifest, prepared.photos, given, precision, checkpoints=checkpoints, on_epoch=on_epoch
     )
-    assert not [layer for layer in model.modules() if isinstance(layer, SynchronisedBatchNorm)]
     return told, fitted, model.state_dict()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from stocktake import __version__, config, ranks
+from stocktake import __version__, config, distributed
 from stocktake.config.parser import ALIASES, examples, parse_arguments, summary
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         exit_code, message = _explain(error, words[0] if words else "")
         if debug or exit_code is None:
             raise
-        if message and not ranks.error_recorded():
+        if message and not distributed.error_recorded():
             print(f"stocktake: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(exit_code)
     sys.exit(0)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _explain(error: BaseException, command: str) -> tuple[int | None, str | None]:
     """The exit code and the line for an error; no exit code for an error of the program itself."""
     match error:
-        case ranks.JobFailedError():
+        case distributed.JobFailedError():
             return error.exit_code, str(error)
         case StocktakeError():
             return 2, str(error)
@@ -103,7 +103,7 @@ def _explain(error: BaseException, command: str) -> tuple[int | None, str | None
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             return 2, f"cannot write {error.filename or ''}: {error.strerror}; choose another --workspace"
         case KeyboardInterrupt():
-            return 130, None if ranks.LAUNCHER in os.environ else "interrupted"
+            return 130, None if distributed.LAUNCHER in os.environ else "interrupted"
     return None, None
 
 
@@ -133,7 +133,7 @@ def run(arguments: Sequence[str]) -> object:
         close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], 1)
         hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise StocktakeError(f"{arguments[0]!r} is no command: {hint} (stocktake --help)")
-    processes = ranks.world_from_env().size
+    processes = distributed.world_from_env().size
     if processes > 1 and not COMMANDS[name].is_distributed:
         raise StocktakeError(f"{name} runs in one process, not {processes}: torchrun is for stocktake train")
     settings = parse(name, arguments[1:])

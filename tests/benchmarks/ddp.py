@@ -25,7 +25,7 @@ WARM_UP = 3
 
 def train(workspace: Path, backbone: str, precision: str) -> None:
     """One process of a job: an epoch; each says what it took, in workspace/RANK.json."""
-    from stocktake import ranks
+    from stocktake import distributed
     from stocktake.machine import share_the_machine
 
     share_the_machine()  # as the command line does, before the libraries are loaded
@@ -57,13 +57,13 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
         heard(module, batch, index)
 
     NetworkModule.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
-    with ranks.joined(timeout=300) as world:
+    with distributed.process_group(timeout=300) as world:
         prepared = prepare_data(config)
         model = create_network(prepared.manifest.labels, SIZE, backbone, "none")
         form = Precision("bf16" if precision == "bf16" else "fp32", channels_last=True)
-        checkpoints = ranks.run_on_rank_zero(lambda: Path(tempfile.mkdtemp(dir=workspace)))
+        checkpoints = distributed.run_on_rank_zero(lambda: Path(tempfile.mkdtemp(dir=workspace)))
         fit(model, prepared.manifest, prepared.photos, config, form, checkpoints=checkpoints, on_epoch=lambda *_: False)
-        ranks.gather(None)  # all are still there when each looks at its share
+        distributed.gather(None)  # all are still there when each looks at its share
         mapped = re.findall(
             r"photos-\d+px/data\.mdb\nSize:.*?\nRss: +(\d+) kB\nPss: +(\d+) kB",
             re.sub(r"\n(KernelPageSize|MMUPageSize):.*", "", Path("/proc/self/smaps").read_text()),
@@ -74,7 +74,7 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
             "photos": [1024 * sum(int(part) for part in column) for column in zip(*mapped, strict=True)] or [0, 0],
         }
         (workspace / f"{world.rank}.json").write_text(json.dumps(told))
-        ranks.gather(None)
+        distributed.gather(None)
 
 
 def run(workspace: Path, processes: int, backbone: str, precision: str) -> list[dict[str, Any]]:

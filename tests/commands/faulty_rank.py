@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _break() -> None:
-    from stocktake import ranks
+    from stocktake import distributed
     from stocktake.errors import StocktakeError
     from stocktake.training.fit import EpochLogger
 
@@ -37,8 +37,8 @@ def _break() -> None:
     place_in_job = (int(rank), int(attempt), int(epoch), *map(int, batch))
 
     def fail(_line: EpochLogger, trainer: Any, _module: Any, _batch: Any = None, index: int = 0) -> None:
-        world = ranks.world()
-        here = (world.rank, world.attempt, trainer.current_epoch + 1, index)
+        world = distributed.world()
+        here = (world.rank, world.restarts, trainer.current_epoch + 1, index)
         if here[: len(place_in_job)] != place_in_job:
             return
         place = Path(os.environ["FAULT_FILE"])

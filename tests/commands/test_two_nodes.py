@@ -1,4 +1,4 @@
-"""Two machines: network namespaces joined by a veth pair, a torchrun in each, a workspace of its own for each."""
+"""Two machines: network namespaces joined by a veth pair, a `stocktake ddp` and a workspace of its own in each."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 def start(
     machines: tuple[Machine, Machine], tiny_root: Path, store: str, tmp_path: Path
 ) -> Iterator[Callable[..., list[subprocess.Popen[bytes]]]]:
-    """start("--epochs", "2"): the same torchrun on both machines; those that still run at the end are killed."""
+    """start("--epochs", "2"): the same command on both machines; those that still run at the end are killed."""
     processes: list[subprocess.Popen[bytes]] = []
 
     # what another test's job has left in this process is not the machines'
@@ -80,14 +80,22 @@ def start(
 
     def begin(*more: str) -> list[subprocess.Popen[bytes]]:
         for node, machine in enumerate(machines):
-            torchrun = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node)]
-            torchrun += ["--master_addr", ADDRESSES[0], "--master_port", PORT]
-            words = ["train", "--root", str(tiny_root), "--task", "1-3", "--image_size", "32", "--batch_size", "16"]
+            words = [
+                "--nnodes",
+                "2",
+                "--nproc",
+                "1",
+                "--node_rank",
+                str(node),
+                "--rendezvous",
+                f"{ADDRESSES[0]}:{PORT}",
+            ]
+            words += ["--root", str(tiny_root), "--task", "1-3", "--image_size", "32", "--batch_size", "16"]
             words += ["--backbone", PLAIN_BACKBONE, "--weights", "none", "--precision", "fp32"]
             words += ["--split.fractions", "[0.6,0.2,0.2]", "--split.twin_distance", "0", "--training.patience", "1000"]
             words += ["--workspace", str(tmp_path / f"machine-{node}"), "--tracking.uri", store]
             words += ["--tracking.system_metrics", "false", *more]
-            command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "stocktake", *words]
+            command = [sys.executable, "-m", "stocktake", "ddp", *words]
             with (tmp_path / f"log-{node}.txt").open("wb") as log:
                 inside = ["ip", "netns", "exec", machine.namespace, *command]
                 processes.append(subprocess.Popen(inside, stdout=log, stderr=log, env=own))
@@ -145,4 +153,7 @@ def test_a_machine_that_is_cut_off_ends_the_job(
     assert time.monotonic() - began < 90
     run = the_run(store)
     assert run.info.status == "FAILED"
-    assert "rank 1" in run.data.tags["failure"], json.dumps(dict(run.data.tags), indent=1)
+    assert run.data.tags["failure"].startswith("ddp: rank 0 "), json.dumps(dict(run.data.tags), indent=1)
+    for node in (0, 1):
+        log = (tmp_path / f"log-{node}.txt").read_text().splitlines()
+        assert [line[:20] for line in log if line.startswith("stocktake: ")] == [f"stocktake: ddp: rank {node}"[:20]]

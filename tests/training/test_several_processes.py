@@ -13,20 +13,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from process_pair import ByRank, ProcessGroup
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.commands.stage_runs import PreparedData
 from stocktake.errors import StocktakeError
 from stocktake.models.network import create_network
 from stocktake.models.precision import PLAIN, Precision
-from stocktake.training.batchnorm import SynchronisedBatchNorm, synchronised
 from stocktake.training.checkpoints import BEST, LAST
 from stocktake.training.data import BatchSampler, BinsDataModule, EpochSampler, collate
 from stocktake.training.module import NetworkModule
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
-from tiny_training import assert_same_curve, config, tiny_network, train
+from tiny_training import assert_same_curve, config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,8 +94,8 @@ def test_two_processes_learn_what_one_does(
     branch: str, pair: ProcessGroup, tiny_bench: PreparedData, tmp_path: Path
 ) -> None:
     given = config(**BRANCHES[branch])
-    alone = train(tiny_bench, given, tmp_path / "alone")
-    first, second = pair.run(train, tiny_bench, given, tmp_path / "pair")
+    alone = train(tiny_bench, given, tmp_path / "alone", batchnorm=False)
+    first, second = pair.run(train, tiny_bench, given, tmp_path / "pair", None, PLAIN, False)
     assert_same_curve(alone[0], first[0])
     assert alone[0][0]["train/loss"] != alone[0][-1]["train/loss"]
     assert second[0] == [], "only the first process is told"
@@ -111,110 +109,22 @@ def test_two_processes_learn_what_one_does(
     assert set(saved["state_dict"]) == set(torch.load(tmp_path / "alone" / LAST, weights_only=True)["state_dict"])
 
 
-def test_without_normalisation_and_without_synchronising(
-    pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path
-) -> None:
+def test_on_a_cpu_each_process_normalises_its_share(pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=1, batch_size=4)
-    apart = replace(given, training=replace(given.training, sync_batchnorm=False))
     alone = train(few_bins, given, tmp_path / "alone")
-    two = pair.run(train, few_bins, apart, tmp_path / "apart")
-    assert alone[0][0]["train/loss"] != pytest.approx(two[0][0][0]["train/loss"], abs=1e-4), "another training"
-    for name, value in two[0][2].items():
-        assert torch.equal(value, two[1][2][name]), name
-    plain = train(few_bins, given, tmp_path / "plain", batchnorm=False)
-    for setting in (given, apart):
-        place = tmp_path / f"{setting is apart}"
-        assert_same_curve(plain[0], pair.run(train, few_bins, setting, place, None, PLAIN, False)[0][0])
+    first, second = pair.run(train, few_bins, given, tmp_path / "pair")
+    assert alone[0][0]["train/loss"] != pytest.approx(first[0][0]["train/loss"], abs=1e-4), "another training"
+    for name, value in first[2].items():
+        assert torch.equal(value, second[2][name]), name
 
 
 def test_bf16_in_two_processes(pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=1, batch_size=4)
     form = Precision("bf16", channels_last=True)
-    alone = train(few_bins, given, tmp_path / "alone", precision=form)
-    first, _ = pair.run(train, few_bins, given, tmp_path / "pair", None, form)
+    alone = train(few_bins, given, tmp_path / "alone", precision=form, batchnorm=False)
+    first, _ = pair.run(train, few_bins, given, tmp_path / "pair", None, form, False)
     assert first[0][0]["train/loss"] == pytest.approx(alone[0][0]["train/loss"], rel=0.05)
     assert {value.dtype for value in first[2].values()} <= {torch.float32, torch.int64}
-
-
-# Batch normalisation over all -----------------------------------------------------------------------------------------
-
-
-def _layer(kind: str, momentum: float | None, affine: bool) -> nn.Module:
-    torch.manual_seed(1)
-    layer = {"1d": nn.BatchNorm1d, "2d": nn.BatchNorm2d}[kind](3, momentum=momentum, affine=affine)
-    if affine:
-        nn.init.normal_(layer.weight)
-        nn.init.normal_(layer.bias)
-    return nn.Sequential(layer)
-
-
-def _normalise(model: nn.Module, share: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    share = share.clone().requires_grad_()
-    for _ in range(2):
-        output = model(share)
-        (output * weights).sum().backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
-    model.eval()
-    return [output, share.grad, model(share).detach(), *gradients, *model.state_dict().values()]
-
-
-def _normalise_together(
-    kind: str, momentum: float | None, affine: bool, share: torch.Tensor, weights: torch.Tensor
-) -> list[torch.Tensor]:
-    model = _layer(kind, momentum, affine)
-    names, parameters = list(model.state_dict()), list(model.parameters())
-    with synchronised(model, "gloo"):
-        assert isinstance(model[0], SynchronisedBatchNorm)
-        assert list(model.state_dict()) == names
-        assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
-        found = [value.detach() for value in _normalise(model, share, weights)]
-    assert type(model[0]) is type(_layer(kind, momentum, affine)[0])
-    assert list(model.state_dict()) == names
-    assert not model.training
-    for one, other in zip(model.state_dict().values(), found[-len(names) :] if names else [], strict=True):
-        assert torch.equal(one, other)
-    return found
-
-
-@pytest.mark.parametrize(("kind", "shape"), [("1d", (7, 3)), ("2d", (7, 3, 2, 4))])
-@pytest.mark.parametrize(("momentum", "affine"), [(0.1, True), (None, True), (0.3, False)])
-def test_normalisation_over_unequal_shares_is_that_of_the_whole(
-    kind: str, shape: tuple[int, ...], momentum: float | None, affine: bool, pair: ProcessGroup
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(shape, generator=generator) * 3 + 100
-    weights = torch.randn(shape, generator=generator)
-    expected = _normalise(_layer(kind, momentum, affine), whole, weights)
-    parts = [slice(0, 5), slice(5, 7)]
-    shares, parted = (ByRank(*(values[part] for part in parts)) for values in (whole, weights))
-    found = pair.run(_normalise_together, kind, momentum, affine, shares, parted)
-    for index, wanted in enumerate(expected):
-        if index < 3:
-            given = torch.cat([found[0][index], found[1][index]])
-        elif affine and index < 5:  # gradients of the parameters: DDP takes their mean, we their sum
-            given = found[0][index] + found[1][index]
-        else:
-            assert torch.equal(found[0][index], found[1][index])
-            given = found[0][index]
-        torch.testing.assert_close(given, wanted.detach(), atol=2e-4, rtol=1e-3)
-
-
-def test_gpus_have_torchs_own_layers_meanwhile(few_bins: PreparedData) -> None:
-    model = tiny_network(few_bins)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with synchronised(model, "nccl"):
-        assert [type(layer) for layer in model.backbone if isinstance(layer, nn.modules.batchnorm._BatchNorm)] == (
-            [nn.SyncBatchNorm] * 2
-        )
-        assert set(model.state_dict()) == set(before)
-        for buffer in model.backbone.buffers():
-            buffer.add_(1)
-    assert [type(layer) for layer in model.backbone if isinstance(layer, nn.modules.batchnorm._BatchNorm)] == (
-        [nn.BatchNorm2d] * 2
-    )
-    for name, value in model.state_dict().items():
-        gathered = name.split(".")[-1] in ("running_mean", "running_var", "num_batches_tracked")
-        assert torch.equal(value, before[name] + gathered), name
 
 
 # Exact figures --------------------------------------------------------------------------------------------------------
@@ -222,7 +132,7 @@ def test_gpus_have_torchs_own_layers_meanwhile(few_bins: PreparedData) -> None:
 
 def validate(prepared: PreparedData, batch_size: int) -> tuple[dict[str, float], int]:
     """The figures of val in an untrained network, and how many photos this process looked at."""
-    world = ranks.world()
+    world = distributed.world()
     data = BinsDataModule(
         prepared.manifest,
         prepared.photos,
@@ -288,16 +198,16 @@ def test_another_number_of_processes_goes_on(
     begun_by: str, pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path
 ) -> None:
     given = config(epochs=4, batch_size=4)
-    whole = train(few_bins, given, tmp_path / "whole")
+    whole = train(few_bins, given, tmp_path / "whole", batchnorm=False)
     if begun_by == "two":
-        pair.run(train, few_bins, given, tmp_path / "begun", 2)
-        gone_on = train(few_bins, given, tmp_path / "begun")
+        pair.run(train, few_bins, given, tmp_path / "begun", 2, PLAIN, False)
+        gone_on = train(few_bins, given, tmp_path / "begun", batchnorm=False)
     else:
-        train(few_bins, given, tmp_path / "begun", stop_at=2)
+        train(few_bins, given, tmp_path / "begun", stop_at=2, batchnorm=False)
         # another machine sees no file of the first one's
         places = ByRank(tmp_path / "begun", tmp_path / "elsewhere")
         with_workspace = replace(given, workspace=str(tmp_path / "workspace"))
-        gone_on, other = pair.run(train, few_bins, with_workspace, places)
+        gone_on, other = pair.run(train, few_bins, with_workspace, places, None, PLAIN, False)
         assert not (tmp_path / "elsewhere").exists()
         assert list((tmp_path / "workspace").iterdir()) == []
         for name, value in gone_on[2].items():
@@ -318,7 +228,7 @@ def test_what_goes_wrong_in_all_is_told_by_all(pair: ProcessGroup, few_bins: Pre
 
 
 def _who() -> tuple[int, int]:
-    return os.getpid(), ranks.gather(ranks.world().rank)[-1]
+    return os.getpid(), distributed.gather(distributed.world().rank)[-1]
 
 
 def test_dropout_draws_for_each_process(pair: ProcessGroup, few_bins: PreparedData) -> None:
@@ -331,7 +241,7 @@ def _draw(prepared: PreparedData) -> torch.Tensor:
     module = NetworkModule(
         create_network(prepared.manifest.labels, TINY_SIZE, TINY_BACKBONE, "none", seed=0), config(), [1, 1, 1]
     )
-    module._trainer = type("Trainer", (), {"current_epoch": 0, "global_rank": ranks.world().rank})()  # type: ignore[assignment]
+    module._trainer = type("Trainer", (), {"current_epoch": 0, "global_rank": distributed.world().rank})()  # type: ignore[assignment]
     module.on_train_batch_start(None, 3)
     return torch.rand(4)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.commands.stage_runs import PreparedData, StageResult, evaluate_and_log, prepare_data, stage_run
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
@@ -34,7 +34,9 @@ def finetune(
 
     Several processes have one run, of the first one, which alone is asked `should_stop` after each epoch.
     """
-    with ranks.joined(timeout=config.training.collective_timeout, expected=config.training.world_size) as world:
+    with distributed.process_group(
+        timeout=config.training.collective_timeout, expected=config.training.world_size
+    ) as world:
         stage = "ddp" if world.size > 1 else "finetune"
         prepared = prepared or prepare_data(config)
         with stage_run(config, FinetuneConfig, prepared, stage, parent) as (run, began):
@@ -55,12 +57,12 @@ def train_network(
     `should_stop` count.
     """
     manifest = prepared.manifest
-    world = ranks.world()
+    world = distributed.world()
     if world.size > 1:
         _log_world(run, config, world)
-    checkpoints = ranks.run_on_rank_zero(lambda: _checkpoints(run, config, manifest.fingerprint))
+    checkpoints = distributed.run_on_rank_zero(lambda: _checkpoints(run, config, manifest.fingerprint))
     model = create_network(manifest.labels, config.image_size, config.backbone, config.weights, seed=config.seed)
-    precision = ranks.run_on_rank_zero(
+    precision = distributed.run_on_rank_zero(
         lambda: choose_precision(model, "train", config.precision, pick_device(), Path(config.workspace))
     )
     run.set_tags({"precision": str(precision)})
@@ -78,7 +80,7 @@ def train_network(
     return model, fitted
 
 
-def _log_world(run: TrackedRun, config: FinetuneConfig, world: ranks.World) -> None:
+def _log_world(run: TrackedRun, config: FinetuneConfig, world: distributed.World) -> None:
     run.set_tags({"world_size": world.size, "backend": world.backend, "nodes": world.nodes})
     run.log_params(
         {

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.aws.request import GIVEN
 from stocktake.commands.ddp import launch
 from stocktake.commands.stage_runs import log_config, own_run, plain, prepare_data, run_tags
@@ -34,17 +34,17 @@ def remote_trial(config: RemoteTrialConfig) -> None:
     own = stage_config(config)
     timeout = own.training.collective_timeout if isinstance(own, FinetuneConfig) else 300.0
     expected = own.training.world_size if isinstance(own, FinetuneConfig) else None
-    with ranks.joined(timeout=timeout, expected=expected):
+    with distributed.process_group(timeout=timeout, expected=expected):
         prepared = prepare_data(own)
         tags = run_tags(own, prepared.manifest, "trial") | {"trial.stage": config.stage, "trial.state": "running"}
         with own_run(own, "trial", tags, reopen=Path(config.resume) if config.resume else None) as run:
-            if ranks.is_rank_zero():
+            if distributed.is_rank_zero():
                 given = as_given(own)
                 log_config(run, given, STAGES[config.stage], prepared.manifest)
                 write_experiment(run.artifacts / EXPERIMENT, given, ())
             state, values = train_trial(run, config.stage, own, None, prepared)
             run.set_tags({"trial.state": state.name.lower()})
-            if ranks.is_rank_zero() and values:
+            if distributed.is_rank_zero() and values:
                 # The last value that SageMaker reads is the trial's: that of the best epoch, not of the last one
                 print(f"trial ended: val_macro_f1={values[0]:.6f}", flush=True)
 
@@ -75,5 +75,4 @@ def _launch(config: RemoteTrialConfig) -> None:
             node_rank=config.node_rank,
             rendezvous=config.rendezvous,
             timeout=config.training.collective_timeout,
-            run_id=None if config.nnodes == 1 else f"stocktake-{config.rendezvous}",
         )

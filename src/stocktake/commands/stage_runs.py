@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.aws.request import ROOT
 from stocktake.config import ImageConfig, TrackingConfig
 from stocktake.data.array_cache import ArrayCache
@@ -33,7 +33,7 @@ from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import pick_device, predict
 from stocktake.serving.predictor import FOLDER
-from stocktake.tracking.local_store import FAILED, FINISHED, KILLED, RUNNING, DatasetRecord, LocalRun
+from stocktake.tracking.local_store import FINISHED, DatasetRecord, LocalRun
 from stocktake.tracking.runs import NullRun, TrackedRun, start_run
 from stocktake.tracking.sync import end_run
 
@@ -70,13 +70,13 @@ def prepare_data(config: ImageConfig) -> PreparedData:
     Raises:
         StocktakeError: bins, task or workspace cannot be used, or a quantity has no bin to learn from.
     """
-    with ranks.local_rank_zero_first():
+    with distributed.local_rank_zero_first():
         manifest = build_manifest(config)
         manifest.require_train_classes()
-        if ranks.is_rank_zero():
+        if distributed.is_rank_zero() and distributed.LAUNCHER not in os.environ:  # which has printed it
             _tell(manifest, config.task)
         photos = prepare_photos(manifest.source, manifest.bins, config.image_size, Path(config.workspace))
-    fingerprints = ranks.gather(manifest.fingerprint)
+    fingerprints = distributed.gather(manifest.fingerprint)
     if len(set(fingerprints)) > 1:
         other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
         raise StocktakeError(
@@ -112,7 +112,7 @@ def stage_run(
     began = time.monotonic()
     tags = run_tags(config, prepared.manifest, stage)
     with parent.child(stage, tags) if parent is not None else own_run(config, stage, tags) as run:
-        if ranks.is_rank_zero():
+        if distributed.is_rank_zero():
             log_config(run, config, kind, prepared.manifest)
         yield run, began
 
@@ -136,25 +136,19 @@ def own_run(
         reopen: folder of an earlier run to go on with.
     """
     workspace = Path(config.workspace)
-    if not ranks.is_rank_zero():
+    if not distributed.is_rank_zero():
         os.environ.pop("MLFLOW_RUN_ID", None)
-        folder = ranks.run_on_rank_zero(lambda: workspace)
-        with _ended_for_the_dead(folder, config.tracking):
-            yield cast("TrackedRun", NullRun(folder))  # what it lacks of a TrackedRun is asked of the first one only
+        yield cast("TrackedRun", NullRun(workspace))  # what it lacks of a TrackedRun is asked of rank 0 only
         return
-    job = ranks.job()
-    earlier = find_run(workspace / "runs", job) if job and ranks.world().attempt else None
-    why = LocalRun.open(earlier).state.reason if earlier else None
-    reopen = earlier or reopen or _same_run(getattr(config, "resume", None))
-    with (
-        start_run(config.tracking, workspace=workspace, name=name, tags=tags, parent=parent, reopen=reopen) as run,
-        ranks.with_root_cause(),
-    ):
+    job, restarts = distributed.job_id(), distributed.world_from_env().restarts
+    interrupted = find_run(workspace / "runs", job) if job and restarts else None
+    reason = LocalRun.open(interrupted).state.reason if interrupted else None
+    reopen = interrupted or reopen or _same_run(getattr(config, "resume", None))
+    with start_run(config.tracking, workspace=workspace, name=name, tags=tags, parent=parent, reopen=reopen) as run:
         if job:
-            run.set_tags({_JOB: job, "restarts": ranks.world().attempt})
-        if earlier:
-            print(f"restart {ranks.world().attempt} ({why}): going on with {run.folder}", flush=True)
-        ranks.run_on_rank_zero(lambda: run.folder)
+            run.set_tags({_JOB: job, "restarts": restarts})
+        if interrupted:
+            print(f"restart {restarts} ({reason}): resuming {run.folder}", flush=True)
         yield run
 
 
@@ -179,23 +173,11 @@ def find_run(runs: Path, job: str) -> Path | None:
     return latest.path if latest and latest.state.status != FINISHED else None
 
 
-@contextmanager
-def _ended_for_the_dead(folder: Path, tracking: TrackingConfig) -> Iterator[None]:
-    """If the first process dies, another one of its machine ends the run for it."""
-    try:
-        with ranks.with_root_cause():
-            yield
-    except BaseException as error:
-        if ranks.is_gone(0):
-            end_dead_run(folder, tracking, KILLED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
-        raise
-
-
-def end_dead_run(folder: Path, tracking: TrackingConfig, status: str, reason: str) -> None:
-    """End a run whose process is gone without having ended it; a process that still lets go of it is waited for."""
+def end_failed_run(folder: Path, tracking: TrackingConfig, status: str, reason: str) -> None:
+    """End a run whose process has failed or was killed; wait for a process that is still closing it."""
     deadline = time.monotonic() + _LOCK_SECONDS
-    while (folder / "run.json").is_file() and LocalRun.open(folder).state.status == RUNNING:
-        if end_run(folder, tracking, status=status, reason=reason) or time.monotonic() > deadline:
+    while not end_run(folder, tracking, status=status, reason=reason):
+        if LocalRun.open(folder).state.status == FINISHED or time.monotonic() > deadline:
             break
         time.sleep(0.2)
 
@@ -273,7 +255,7 @@ def evaluate_and_log(
         _keep_model(run, model, prepared, calibration, calibration.apply(val))
         return metrics
 
-    return ranks.run_on_rank_zero(log)
+    return distributed.run_on_rank_zero(log)
 
 
 def _keep_model(

@@ -17,14 +17,14 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.commands.classical import train_classical
 from stocktake.commands.ddp import launch
 from stocktake.commands.finetune import train_network
 from stocktake.commands.frozen import train_frozen
 from stocktake.commands.stage_runs import (
     PreparedData,
-    end_dead_run,
+    end_failed_run,
     evaluate_split,
     flatten,
     log_config,
@@ -148,8 +148,8 @@ def trial(config: TrialConfig) -> None:
     folder = StudyFolder.open(Path(config.study), config.tracking, os.environ.get(STORAGE))
     given = folder.config
     timeout = given.training.collective_timeout if isinstance(given, FinetuneConfig) else 300.0
-    with ranks.joined(timeout=timeout, expected=folder.nproc):
-        study = folder.load() if ranks.is_rank_zero() else None
+    with distributed.process_group(timeout=timeout, expected=folder.nproc):
+        study = folder.load() if distributed.is_rank_zero() else None
         own = None if study is None else _trial(study, config.number)
         with _silent():
             prepared = prepare_data(folder.config)
@@ -206,7 +206,7 @@ def _launch(folder: StudyFolder, study: Study, trial: Trial) -> TrialState:
     except StocktakeError as error:
         begun = study.get_trials(deepcopy=False)[trial.number].user_attrs.get("folder")
         if begun:
-            end_dead_run(folder.path.parent / begun, tracking, FAILED, str(error))
+            end_failed_run(folder.path.parent / begun, tracking, FAILED, str(error))
         raise
     return study.get_trials(deepcopy=False)[trial.number].state
 
@@ -215,7 +215,7 @@ def _run(
     folder: StudyFolder, trial: Trial | None, number: int, prepared: PreparedData
 ) -> tuple[TrialState, list[float] | None]:
     """Train in a child run. The processes of a distributed job call this together; the first one has the trial."""
-    settings = ranks.run_on_rank_zero(lambda: folder.space.suggest(trial) if trial else {})
+    settings = distributed.run_on_rank_zero(lambda: folder.space.suggest(trial) if trial else {})
     config = with_overrides(folder.config, settings)
     begun = folder.path.parent / str(trial.user_attrs.get("folder", "-")) if trial else None
     tags = run_tags(config, prepared.manifest, "trial") | {
@@ -267,14 +267,14 @@ def train_trial(
     Returns:
         COMPLETE with a value an objective, or PRUNED.
     """
-    with ranks.local_rank_zero_first():
+    with distributed.local_rank_zero_first():
         photos = prepare_photos(
             prepared.manifest.source, prepared.manifest.bins, config.image_size, Path(config.workspace)
         )
     prepared = dataclasses.replace(prepared, photos=photos)
     verdict = Verdict(trial, getattr(config, "epochs", 1))
     model = _TRAIN[stage](run, config, prepared, verdict)
-    if ranks.broadcast(verdict.pruned):
+    if distributed.broadcast(verdict.pruned):
         run.set_tags({"trial.reason": verdict.reason})
         return TrialState.PRUNED, None
     probabilities = split_probabilities(model, prepared, "val", getattr(config, "batch_size", 64))
@@ -284,11 +284,11 @@ def train_trial(
         evaluation.log(run, verdict.epoch + 1)
         return evaluation.metrics["val/macro_f1"]
 
-    values = [ranks.run_on_rank_zero(log)]
+    values = [distributed.run_on_rank_zero(log)]
     if "latency_ms" in objectives:
-        values.append(ranks.run_on_rank_zero(lambda: measure_latency(model, prepared)))
+        values.append(distributed.run_on_rank_zero(lambda: measure_latency(model, prepared)))
         run.log_metrics({"latency_ms": values[-1]}, step=verdict.epoch + 1)
-    if ranks.is_rank_zero():
+    if distributed.is_rank_zero():
         save_model(model, run.artifacts / CHECKPOINT)
     return TrialState.COMPLETE, values
 

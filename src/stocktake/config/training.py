@@ -116,8 +116,8 @@ class TrainingConfig(Settings):
     """Also write last.ckpt within an epoch, this often; --resume goes on there, to the same figures. 0: at the end of
     epochs, and on SIGTERM, only."""
     sync_batchnorm: bool = True
-    """With several processes, normalise over the whole batch, so that their number does not change what is learnt.
-    false: each over its own share: faster on a CPU, and another training for another number."""
+    """With several GPUs, normalise over the whole batch (nn.SyncBatchNorm), so that their number does not change what
+    is learnt. false, and always on CPUs: each process normalises its own share of the batch."""
     collective_timeout: Annotated[float, Field(ge=1, le=1e6)] = 300.0
     """Seconds that a process waits for another one's part of a step before it gives up."""
     world_size: Annotated[int, Field(ge=1, le=1e6)] | None = None
@@ -166,9 +166,11 @@ class DdpConfig(FinetuneConfig):
     """
 
     nproc: Annotated[int, Field(ge=1, le=1024)] = 2
-    """Processes on each machine: one a GPU, or a few that share the cores."""
+    """Processes on each machine: one a GPU, or a few that share the cores. On one machine they listen on 127.0.0.1
+    only."""
     nnodes: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Machines. The same command is given on each, with its own --node_rank."""
+    """Machines. The same command is given on each, with its own --node_rank. They need a private network: whoever
+    reaches the port of --rendezvous can run code in the job."""
     node_rank: Annotated[int, Field(ge=0)] = 0
     """This machine's number, from 0. Machine 0 logs the run and keeps its files."""
     rendezvous: str | None = None

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.data.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel
 from stocktake.progress import progress
@@ -23,15 +23,15 @@ def predict(
     as one process would, and all get all probabilities.
     """
     model.eval().to(device)
-    world = ranks.world()
+    world = distributed.world()
     starts = range(0, len(hashes), batch_size)[world.rank :: world.size]
     parts: dict[int, npt.NDArray[np.float64]] = {}
-    with progress("predicting", len(hashes) * ranks.is_rank_zero()) as advance, torch.inference_mode():
+    with progress("predicting", len(hashes) * distributed.is_rank_zero()) as advance, torch.inference_mode():
         for start in starts:
             batch = torch.from_numpy(photos.read(hashes[start : start + batch_size])).to(device)
             parts[start] = torch.softmax(model(batch).double(), 1).cpu().numpy()
             advance(len(batch) * world.size)
-    dealt = {start: part for given in ranks.gather(parts) for start, part in given.items()}
+    dealt = {start: part for given in distributed.gather(parts) for start, part in given.items()}
     return np.concatenate([np.zeros((0, len(model.spec.labels))), *(dealt[start] for start in sorted(dealt))])
 
 

@@ -25,7 +25,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.training.module import SETTINGS, mean_over_ranks, resume_settings
@@ -98,8 +98,8 @@ class WithinEpoch(Callback):
             return
         if (index + 1) % trainer.accumulate_grad_batches:
             return  # gradients are not in a checkpoint
-        is_due = ranks.is_rank_zero() and 0 < self._seconds <= time.monotonic() - self._written
-        device = module.device if ranks.world().size > 1 else "cpu"  # alone, no step waits for the GPU
+        is_due = distributed.is_rank_zero() and 0 < self._seconds <= time.monotonic() - self._written
+        device = module.device if distributed.world().size > 1 else "cpu"  # alone, no step waits for the GPU
         wishes = torch.tensor([self._is_told, is_due], dtype=torch.float32, device=device)
         error_recorded, is_due = (mean_over_ranks(wishes) > 0).tolist()
         if error_recorded or is_due:
@@ -145,12 +145,12 @@ def everywhere(file: Path, exists: bool, workspace: Path) -> Iterator[Path | Non
     if not exists:
         yield None
         return
-    digest = ranks.run_on_rank_zero(lambda: _digest(file))
+    digest = distributed.run_on_rank_zero(lambda: _digest(file))
     has_it = file.is_file() and _digest(file) == digest
-    if all(ranks.gather(has_it)):
+    if all(distributed.gather(has_it)):
         yield file
         return
-    content = ranks.run_on_rank_zero(file.read_bytes)
+    content = distributed.run_on_rank_zero(file.read_bytes)
     if has_it:
         yield file
         return

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.strategies import DDPStrategy
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.config import FinetuneConfig
 from stocktake.data.array_cache import ArrayCache
 from stocktake.data.manifest import Manifest
@@ -30,7 +30,6 @@ from stocktake.errors import StocktakeError
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
 from stocktake.progress import shown
-from stocktake.training.batchnorm import synchronised
 from stocktake.training.checkpoints import (
     BEST,
     LAST,
@@ -91,7 +90,7 @@ def fit(
         KeyboardInterrupt: Ctrl-C; what was learnt up to the checkpoint before it is in last.ckpt.
         SystemExit: SIGTERM, unless somebody handles it; all steps before it are in last.ckpt.
     """
-    world = ranks.world()
+    world = distributed.world()
     counts = manifest.counts()["train"].tolist()
     config.check_batch(world.size)
     if config.training.max_steps == 0:
@@ -125,7 +124,6 @@ def fit(
     is_shown = shown() and world.rank == 0
     if is_shown:
         callbacks.append(TQDMProgressBar(leave=False))
-    is_synchronised = world.size > 1 and config.training.sync_batchnorm
     trainer = Trainer(
         max_epochs=config.epochs,
         max_steps=config.training.max_steps,
@@ -139,16 +137,15 @@ def fit(
         enable_progress_bar=is_shown,
         use_distributed_sampler=False,  # the sampler of the data module knows its rank
         default_root_dir=checkpoints,
-        **_devices(world, config, is_synchronised),
+        **_devices(world, config),
     )
-    has_earlier = ranks.run_on_rank_zero(lambda: is_resumable(checkpoints / LAST, config))
+    has_earlier = distributed.run_on_rank_zero(lambda: is_resumable(checkpoints / LAST, config))
     with (
         everywhere(checkpoints / LAST, has_earlier, Path(config.workspace)) as resumed,
-        synchronised(model, world.backend or "") if is_synchronised else nullcontext(),
         _interruptible(),
     ):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-    best_epoch, weights = ranks.run_on_rank_zero(lambda: best_weights(checkpoints / BEST))
+    best_epoch, weights = distributed.run_on_rank_zero(lambda: best_weights(checkpoints / BEST))
     model.load_state_dict(weights)
     model.lay_out(True).eval()
     return FitResult(
@@ -158,14 +155,13 @@ def fit(
     )
 
 
-def _devices(world: ranks.World, config: FinetuneConfig, is_synchronised: bool) -> dict[str, Any]:
+def _devices(world: distributed.World, config: FinetuneConfig) -> dict[str, Any]:
     """The Trainer's arguments that say where it computes, and how its files are written."""
     if world.size == 1:
         return {"accelerator": "auto", "devices": 1, "plugins": [Renamed()]}
     strategy = DDPStrategy(
         process_group_backend=world.backend,
         timeout=timedelta(seconds=config.training.collective_timeout),
-        broadcast_buffers=not is_synchronised,  # statistics of the whole batch are everywhere the same
         # a backbone that is still frozen has no gradients to wait for
         find_unused_parameters=config.training.freeze_epochs > 0,
     )
@@ -175,6 +171,7 @@ def _devices(world: ranks.World, config: FinetuneConfig, is_synchronised: bool) 
         "num_nodes": world.nodes,
         "strategy": strategy,
         "plugins": [TorchElasticEnvironment(), Renamed()],
+        "sync_batchnorm": config.training.sync_batchnorm and world.backend == "nccl",  # torch has none for the CPU
     }
 
 
@@ -233,7 +230,7 @@ class EpochLogger(Callback):
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         figures["epoch_seconds"] = time.monotonic() - self._started
         epoch = trainer.current_epoch + 1
-        if ranks.run_on_rank_zero(lambda: self._tell(figures, epoch)):
+        if distributed.broadcast(self._tell(figures, epoch) if distributed.is_rank_zero() else False):
             trainer.should_stop = True
 
     def _tell(self, figures: dict[str, float], epoch: int) -> bool:

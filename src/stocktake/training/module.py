@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR,
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from stocktake import ranks
+from stocktake import distributed
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import scores
@@ -91,11 +91,11 @@ class NetworkModule(LightningModule):
         """Say what the checkpoint was trained with, and what was counted of the epoch so far."""
         checkpoint[SETTINGS] = resume_settings(self._config)
         names = ("train_loss", "train_confusion")
-        checkpoint[COUNTED] = ranks.gather({name: _states(getattr(self, name)) for name in names})
+        checkpoint[COUNTED] = distributed.gather({name: _states(getattr(self, name)) for name in names})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count on: each process where it was; of another number of processes the first one has it all."""
-        counted, world = checkpoint.get(COUNTED, []), ranks.world()
+        counted, world = checkpoint.get(COUNTED, []), distributed.world()
         own = counted[world.rank : world.rank + 1] if len(counted) == world.size else counted * (world.rank == 0)
         for share in own:
             for name, states in share.items():
@@ -150,7 +150,7 @@ class NetworkModule(LightningModule):
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of each number over all processes; the value itself where there is one."""
-    size = ranks.world().size
+    size = distributed.world().size
     if size > 1:
         torch.distributed.all_reduce(value)
         value /= size
