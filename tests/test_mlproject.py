@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import mlflow.projects
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import ExecutionException
 from mlflow.tracking import MlflowClient
 from PIL import Image, ImageDraw
 
@@ -45,54 +49,77 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Project:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with an MLflow store; the tests' environment points to it."""
+    folder = tmp_path_factory.mktemp("project")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    MlflowClient(uri, uri).create_experiment("entry points", artifact_location=str(folder / "artifacts"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        patch.setenv("MLFLOW_REGISTRY_URI", uri)
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture
+def project(store: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> Project:
     """The repository as an MLflow project with a store and a workspace of its own."""
-    return Project(tmp_path_factory.mktemp("project"), root)
+    return Project(store, root, capfd)
+
+
+@dataclass(frozen=True)
+class ProjectRun:
+    """What an entry point printed, and the run that MLflow opened for it."""
+
+    stdout: str
+    stderr: str
+    run_id: str
+    succeeded: bool
 
 
 class Project:
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
         self.root = root
         self.uri = f"sqlite:///{folder}/mlflow.db"
         self.client = MlflowClient(self.uri, self.uri)
-        self.experiment = self.client.create_experiment("entry points", artifact_location=str(folder / "artifacts"))
+        self.experiment = self.client.get_experiment_by_name("entry points").experiment_id
+        self._capfd = capfd
 
-    def run(self, entry: str, check: bool = True, **parameters: str) -> tuple[subprocess.CompletedProcess[str], str]:
-        """`mlflow run . -e ENTRY`; what it printed and the id of the run that it opened."""
-        keeps_nothing = entry in ("registry", "predict")
-        given = parameters if keeps_nothing else {"workspace": str(self.folder / "workspace"), **parameters}
-        words = [word for name, value in given.items() for word in ("-P", f"{name.replace('__', '.')}={value}")]
-        command = [sys.executable, "-m", "mlflow", "run", str(REPOSITORY), "--env-manager=local", "-e", entry]
+    def run(self, entry: str, check: bool = True, **parameters: str) -> ProjectRun:
+        """What `mlflow run . -e ENTRY` does, without another start of MLflow's command line."""
+        if entry not in ("registry", "predict"):
+            parameters = {"workspace": str(self.folder / "workspace"), **parameters}
         before = {run.info.run_id for run in self.client.search_runs([self.experiment])}
-        done = subprocess.run(
-            [*command, "--experiment-name", "entry points", *words],
-            env=os.environ
-            | {
-                "MLFLOW_TRACKING_URI": self.uri,
-                "MLFLOW_REGISTRY_URI": self.uri,
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            },
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-        )
-        if check:
-            assert done.returncode == 0, done.stdout + done.stderr
+        self._capfd.readouterr()
+        try:
+            mlflow.projects.run(
+                str(REPOSITORY),
+                entry,
+                parameters={name.replace("__", "."): value for name, value in parameters.items()},
+                experiment_name="entry points",
+                env_manager="local",
+            )
+            succeeded = True
+        except ExecutionException:
+            succeeded = False
+        out, err = self._capfd.readouterr()
+        assert succeeded or not check, out + err
         opened = [run for run in self.client.search_runs([self.experiment]) if run.info.run_id not in before]
         outermost = [run.info.run_id for run in opened if "mlflow.parentRunId" not in run.data.tags]
         assert len(outermost) == 1, "the command opened a second run beside MLflow's"
-        return done, outermost[0]
+        return ProjectRun(out, err, outermost[0], succeeded)
 
 
 def test_main_climbs_the_ladder_and_registers_a_candidate(project: Project, tmp_path: Path) -> None:
-    done, run_id = project.run("main", root=str(project.root), epochs="1", lr="1e-3", seed="3", **TINY)
-    run = project.client.get_run(run_id)
+    done = project.run("main", root=str(project.root), epochs="1", lr="1e-3", seed="3", **TINY)
+    run = project.client.get_run(done.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["stage"] == "ladder"
     assert run.data.params["lr"] == "1e-3"  # as it was given, and logged once
     assert run.data.params["seed"] == "3"
-    children = project.client.search_runs([project.experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    children = project.client.search_runs([project.experiment], f"tags.`mlflow.parentRunId` = '{done.run_id}'")
     assert {child.data.tags["stage"] for child in children} == {"majority", "classical", "frozen", "finetune"}
     assert {child.info.status for child in children} == {"FINISHED"}
     best = max(children, key=lambda child: child.data.metrics["val/macro_f1"])
@@ -113,10 +140,10 @@ def test_main_climbs_the_ladder_and_registers_a_candidate(project: Project, tmp_
     answer = model.predict(pd.DataFrame({"photo": [photo]}))
     assert answer["quantity"][0] in range(1, 6)
 
-    done, _ = project.run("evaluate", model="models:/stocktake@candidate", root=str(project.root), on="val")
+    done = project.run("evaluate", model="models:/stocktake@candidate", root=str(project.root), on="val")
     assert f"macro-F1 {best.data.metrics['val/macro_f1']:.3f}" in done.stdout
 
-    done, _ = project.run("compare", tracking__experiment="entry points")
+    done = project.run("compare", tracking__experiment="entry points")
     assert (project.folder / "workspace" / "compare" / "leaderboard.html").exists()
     assert all(stage in done.stdout for stage in ("majority", "classical", "frozen", "finetune"))
 
@@ -128,7 +155,7 @@ def test_each_rung_is_an_entry_point(project: Project, entry: str) -> None:
         parameters["epochs"] = "1"
     if entry == "ddp":
         parameters["nproc"] = "2"
-    _, run_id = project.run(entry, root=str(project.root), **parameters)
+    run_id = project.run(entry, root=str(project.root), **parameters).run_id
     run = project.client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["stage"] == entry
@@ -138,7 +165,7 @@ def test_each_rung_is_an_entry_point(project: Project, entry: str) -> None:
 
 def test_tune_searches_in_the_run_that_mlflow_opened(project: Project) -> None:
     parameters = {"image_size": "32", "stage": "classical", "trials": "2", "sampler": "random"}
-    _, run_id = project.run("tune", root=str(project.root), **parameters)
+    run_id = project.run("tune", root=str(project.root), **parameters).run_id
     run = project.client.get_run(run_id)
     assert (run.info.status, run.data.tags["stage"]) == ("FINISHED", "tune")
     children = project.client.search_runs([project.experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
@@ -148,26 +175,26 @@ def test_tune_searches_in_the_run_that_mlflow_opened(project: Project) -> None:
 
 def test_from_a_run_to_a_served_count(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOCKTAKE_STATE", str(project.folder / "endpoints"))
-    _, trained = project.run("majority", root=str(project.root), image_size="32")
-    done, _ = project.run("register", run=trained)
+    trained = project.run("majority", root=str(project.root), image_size="32").run_id
+    done = project.run("register", run=trained)
     version = project.client.get_model_version_by_alias("stocktake", "candidate")
     assert version.run_id == trained
     assert f"stocktake/{version.version}" in done.stdout
 
-    done, _ = project.run("promote", force="true", reason="nothing better yet")
+    done = project.run("promote", force="true", reason="nothing better yet")
     assert project.client.get_model_version_by_alias("stocktake", "champion").version == version.version
     assert "by force" in done.stdout
-    done, _ = project.run("registry")
+    done = project.run("registry")
     assert "nothing better yet" in done.stdout
-    done, _ = project.run("rollback", check=False)
-    assert done.returncode != 0
+    done = project.run("rollback", check=False)
+    assert not done.succeeded
     assert "first champion" in done.stderr
 
     try:
-        done, _ = project.run("deploy", root=str(project.root), name="from-a-run", server="{port: 0, workers: 1}")
+        done = project.run("deploy", root=str(project.root), name="from-a-run", server="{port: 0, workers: 1}")
         assert "photos answered as by the model itself" in done.stdout
         photos = str(project.root / "bin-images")
-        done, _ = project.run("predict", photos=photos, endpoint="from-a-run", format="csv")
+        done = project.run("predict", photos=photos, endpoint="from-a-run", format="csv")
         rows = [line for line in done.stdout.splitlines() if ".jpg," in line]
         assert len(rows) == 60
         assert all(f"stocktake/{version.version}" in row for row in rows)
@@ -176,15 +203,18 @@ def test_from_a_run_to_a_served_count(project: Project, monkeypatch: pytest.Monk
 
 
 def test_data_and_eda(project: Project) -> None:
-    done, _ = project.run("data", root=str(project.root), export=str(project.folder / "tree"))
+    done = project.run("data", root=str(project.root), export=str(project.folder / "tree"))
     assert "metadata/99999.json: record is not JSON" in done.stdout
     assert len(list((project.folder / "tree").glob("*/*/*.jpg"))) == 60
-    _, run_id = project.run("eda", root=str(project.root))
+    run_id = project.run("eda", root=str(project.root)).run_id
     assert "eda.html" in {file.path for file in project.client.list_artifacts(run_id)}
 
 
-def test_a_value_of_the_wrong_type_fails_with_its_name(project: Project) -> None:
-    done, run_id = project.run("finetune", check=False, root=str(project.root), lr="abc")
+def test_the_command_line_of_mlflow_names_a_value_of_the_wrong_type(project: Project) -> None:
+    command = [sys.executable, "-m", "mlflow", "run", str(REPOSITORY), "--env-manager=local", "-e", "finetune"]
+    words = ["--experiment-name", "entry points", "-P", f"root={project.root}", "-P", "lr=abc"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert 'stocktake: finetune: Parser key "lr"' in done.stderr
-    assert project.client.get_run(run_id).info.status == "FAILED"
+    assert "--lr abc" in done.stderr
+    latest = project.client.search_runs([project.experiment], order_by=["start_time DESC"], max_results=1)[0]
+    assert (latest.info.status, latest.data.params["lr"]) == ("FAILED", "abc")

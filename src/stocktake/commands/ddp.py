@@ -54,7 +54,7 @@ def ddp(config: DdpConfig) -> None:
         experiment.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         try:
             launch(
-                ["train", "--experiment", str(experiment)],
+                ["train", "--all_settings", str(experiment)],
                 nproc=config.nproc,
                 nnodes=config.nnodes,
                 node_rank=config.node_rank,

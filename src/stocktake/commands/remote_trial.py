@@ -69,7 +69,7 @@ def _launch(config: RemoteTrialConfig) -> None:
         experiment = Path(folder) / "experiment.yaml"
         experiment.write_text(yaml.safe_dump(settings | alone, sort_keys=False), encoding="utf-8")
         launch(
-            ["remote_trial", "--experiment", str(experiment)],
+            ["remote_trial", "--all_settings", str(experiment)],
             nproc=config.nproc,
             nnodes=config.nnodes,
             node_rank=config.node_rank,

@@ -25,7 +25,8 @@ def parse_arguments(config: type[T], arguments: Sequence[str], command: str) -> 
     """Read a command's settings from its arguments.
 
     `--experiment FILE` is read first, so that the other options override it wherever they stand. A yes-or-no option
-    alone is yes. Words before the first option are the photos of a command that takes photos.
+    alone is yes. Words before the first option are the photos of a command that takes photos. `--all_settings FILE`, by
+    which a launcher hands everything to its processes, is an experiment that may also say where results go.
 
     Raises:
         StocktakeError: an unknown option, a value of the wrong type or out of bounds, an experiment that cannot be
@@ -36,11 +37,14 @@ def parse_arguments(config: type[T], arguments: Sequence[str], command: str) -> 
         arguments = ["--photos", json.dumps(arguments[:free]), *arguments[free:]]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--experiment")
+    first.add_argument("--all_settings")
     try:
         known, words = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise StocktakeError(f"{command}: {error} (stocktake {command} --help)") from None
     source = command
+    if known.all_settings is not None:
+        words = ["--experiment", known.all_settings, *words]
     if known.experiment is not None:
         path = find_experiment(known.experiment)
         source = f"{command} with {path}"
