@@ -1,22 +1,110 @@
-"""What the bins are like before any model: tables, measures and figures of a manifest."""
+"""Exploration of a manifest before any model: metrics, tables, figures, and one page with all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from stocktake.data.images import PhotoError, decode, prepare
+from stocktake.data.manifest import Manifest
+from stocktake.data.source import Source
 from stocktake.data.splits import SPLITS
-from stocktake.evaluation.figures import BLUE, GREEN, GREY, INK, ORANGE, PALE, headline, new_figure, plain
+from stocktake.evaluation import eda_figures as figures
+from stocktake.evaluation.figures import save
+from stocktake.evaluation.pages import data_uri, render
+from stocktake.files import atomic_write
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SPLIT_COLORS = dict(zip(SPLITS, (BLUE, ORANGE, GREEN), strict=True))
+SAMPLE = 2_000
+"""Photos measured at most, and photos whose nearest other one is looked for."""
+SHEET = 12
+"""Photos on the sheet of one quantity."""
+_SIDE = 224  # pixels: one size for all, or sharpness would not compare
+_ROWS = 20  # rejected bins on the page
+_SIZES = 8  # photo sizes on the page
+_THREADS = 4
+_BLOCK = 64  # photos in memory at once
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass
+class Exploration:
+    """What a manifest's bins are like."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`eda/...`"""
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """classes, sizes, flags, rejected."""
+    plots: dict[str, Figure] = field(default_factory=dict)
+    """classes, samples_<label>, sizes, light, extremes, snapshots, near_duplicates."""
+
+    def save(self, folder: Path, *, root: str, task: str, fingerprint: str) -> Path:
+        """Write the plots as PNG and `eda.html`, which holds all of it; return the page.
+
+        Args:
+            folder: created if it is missing.
+            root: for the page's title.
+            task: as the user wrote it.
+            fingerprint: of the manifest.
+        """
+        images = {}
+        for name, figure in self.plots.items():
+            path = folder / f"{name}.png"
+            save(figure, path)
+            is_photos = name.startswith(("samples_", "extremes"))  # as JPEG a sixth of the size
+            images[name] = data_uri(_as_jpeg(path), "jpeg") if is_photos else data_uri(path.read_bytes())
+        page = render(
+            "eda.html",
+            root=root,
+            task=task,
+            fingerprint=fingerprint,
+            metrics={name.removeprefix("eda/"): value for name, value in self.metrics.items()},
+            tables={name: table.to_dict("split") for name, table in self.tables.items()},
+            images=images,
+            sample=SAMPLE,
+            sheet=SHEET,
+            side=_SIDE,
+            rows=_ROWS,
+        )
+        atomic_write(folder / "eda.html", page)
+        return folder / "eda.html"
+
+
+def explore(manifest: Manifest, *, seed: int, near: int) -> Exploration:
+    """Explore the bins of a manifest; photos are read again.
+
+    Args:
+        manifest: with at least one bin.
+        seed: chooses the photos that are shown and measured.
+        near: hashes that differ in at most this many bits are of near-identical photos.
+    """
+    bins, rng = manifest.bins, np.random.default_rng(seed)
+    result = Exploration()
+    result.metrics = {
+        "eda/bins": len(bins),
+        "eda/rejected": len(manifest.rejected),
+        "eda/out_of_range": manifest.outside,
+        "eda/flagged_share": float((bins["flags"].str.len() > 0).mean()),
+    }
+    result.tables["flags"], result.tables["rejected"] = flag_table(bins), manifest.rejected.head(_ROWS)
+    _add_classes(result, bins, manifest.labels)
+    _add_samples(result, manifest, rng)
+    _add_photos(result, manifest, rng)
+    _add_snapshots(result, bins)
+    _add_near_duplicates(result, bins, rng, near)
+    result.metrics = {name: float(value) for name, value in result.metrics.items()}
+    return result
 
 
 def class_table(bins: pd.DataFrame, labels: Sequence[int]) -> pd.DataFrame:
@@ -33,27 +121,26 @@ def imbalance_ratio(counts: NDArray[Any]) -> float:
 
 
 def group_sizes(bins: pd.DataFrame) -> pd.Series[int]:
-    """Number of groups (values) by how many of these bins are in them (index, ascending)."""
+    """Number of bin groups (values) by how many snapshots are in them (index, ascending)."""
     return bins["group"].value_counts().value_counts().sort_index()
 
 
 def neighbour_changes(bins: pd.DataFrame) -> pd.Series[int]:
-    """Pairs of looks (values) by how the quantity changes from the first to the second (index, ascending).
+    """Pairs of snapshots (values) by how the quantity changes from the first to the second (index, ascending).
 
-    A pair is two bins of one group whose ids are n and n + 1: two looks taken one after the other. Ids that
-    are no numbers have no neighbours.
+    A pair is two snapshots of one group whose ids are n and n + 1, taken one after the other. Ids that are no
+    numbers have no neighbours.
     """
     numbers = pd.to_numeric(bins["id"], errors="coerce")
-    looks = bins.assign(number=numbers).dropna(subset="number").sort_values(["group", "number"])
-    step = looks.groupby("group")[["number", "quantity"]].diff()
+    snapshots = bins.assign(number=numbers).dropna(subset="number").sort_values(["group", "number"])
+    step = snapshots.groupby("group")[["number", "quantity"]].diff()
     changes = step.loc[step["number"] == 1, "quantity"].astype(int)
     return changes.value_counts().sort_index()
 
 
 def groups_across_splits(bins: pd.DataFrame) -> int:
-    """How many groups have bins in more than one split; each of them leaks."""
-    first = bins.groupby("group")["split"].transform("first")
-    return int(bins.loc[bins["split"] != first, "group"].drop_duplicates().size)
+    """How many bin groups have snapshots in more than one split; each of them leaks."""
+    return int(bins[["group", "split"]].drop_duplicates()["group"].value_counts().gt(1).sum())
 
 
 class Nearest(NamedTuple):
@@ -68,7 +155,7 @@ class Nearest(NamedTuple):
 def nearest_photos(hashes: NDArray[np.uint64], asked: NDArray[np.int64]) -> Nearest:
     """Compare the photos at the positions `asked` (M,) with all others by their perceptual hashes (N,).
 
-    Takes M x N comparisons in bounded memory; nothing comes back when there is one photo only.
+    Takes M x N comparisons in bounded memory; returns nothing when there is one photo only.
     """
     if len(hashes) < 2:
         return Nearest(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -83,7 +170,7 @@ def nearest_photos(hashes: NDArray[np.uint64], asked: NDArray[np.int64]) -> Near
     return Nearest(distance, position)
 
 
-def photo_measures(pixels: NDArray[np.uint8]) -> tuple[float, float]:
+def photo_measures(pixels: Pixels) -> tuple[float, float]:
     """Brightness and sharpness of an RGB photo (H, W, 3).
 
     Brightness is the mean luma (ITU-R BT.601), 0 to 255. Sharpness is the variance of the Laplacian of the
@@ -96,10 +183,10 @@ def photo_measures(pixels: NDArray[np.uint8]) -> tuple[float, float]:
     return float(luma.mean()), float(ndimage.laplace(luma).var())
 
 
-def size_table(bins: pd.DataFrame, most: int = 8) -> pd.DataFrame:
+def size_table(bins: pd.DataFrame) -> pd.DataFrame:
     """The most frequent photo sizes: width, height (pixels), bins, share."""
     table = bins.groupby(["width", "height"]).size().rename("bins").reset_index()
-    table = table.sort_values(["bins", "width", "height"], ascending=[False, True, True]).head(most)
+    table = table.sort_values(["bins", "width", "height"], ascending=[False, True, True]).head(_SIZES)
     return table.assign(share=table["bins"] / len(bins)).reset_index(drop=True)
 
 
@@ -110,209 +197,108 @@ def flag_table(bins: pd.DataFrame) -> pd.DataFrame:
     return table.assign(share=table["bins"] / len(bins)).sort_values(["bins", "flag"], ascending=[False, True])
 
 
-def classes_figure(table: pd.DataFrame) -> Figure:
-    """Bins by quantity, and the share of each quantity in each split, from `class_table`."""
-    labels = [str(label) for label in table.index]
-    counts = {int(label): int(count) for label, count in zip(table.index, table["all"], strict=True) if count}
-    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-    figure = new_figure(9.6, 3.8)
-    left, right = figure.subplots(1, 2)
-    below = np.zeros(len(table))
-    for split, color in SPLIT_COLORS.items():
-        left.bar(labels, table[split], bottom=below, color=color, width=0.72, label=split)
-        below += table[split].to_numpy()
-    if len(labels) <= 12:
-        for x, total in enumerate(below):
-            left.annotate(f"{total:,.0f}", (x, total), (0, 3), textcoords="offset points", ha="center", fontsize=9)
-    _legend_below(left)
-    plain(left, "Bins of each quantity", "Recorded quantity", "Bins")
-    _whole_numbers(left)
-    share = table[list(SPLITS)] / table[list(SPLITS)].sum().clip(lower=1)
-    for (split, color), offset, mark in zip(SPLIT_COLORS.items(), (-0.16, 0, 0.16), "osD", strict=True):
-        right.plot(np.arange(len(labels)) + offset, 100 * share[split], mark, color=color, ms=7, label=split)
-    right.set_xticks(range(len(labels)), labels)
-    right.set_ylim(bottom=0)
-    _legend_below(right)
-    plain(right, "Mix of quantities in each split", "Recorded quantity", "Share of the split's bins (%)")
-    _grid(left, "y")
-    _grid(right, "y")
-    times = f", {counts[most] / counts[least]:.1f} times quantity {least}" if most != least else ""
-    headline(figure, f"Quantity {most} is the most frequent{times}")
-    return figure
+def _add_classes(result: Exploration, bins: pd.DataFrame, labels: Sequence[int]) -> None:
+    table = class_table(bins, labels)
+    result.tables["classes"] = table.rename_axis("quantity").reset_index()
+    result.plots["classes"] = figures.classes_figure(table)
+    result.metrics |= {
+        "eda/imbalance_ratio": imbalance_ratio(table["all"].to_numpy()),
+        "eda/majority_share": float(table["all"].max() / len(bins)),
+        "eda/empty_classes": float((table["all"] == 0).sum()),
+        **{f"eda/bins_{label}": float(n) for label, n in zip(labels, table["all"], strict=True)},
+    }
 
 
-def sheet_figure(rows: dict[str, list[tuple[str, NDArray[np.uint8]]]], title: str, columns: int = 6) -> Figure:
-    """Photos in a grid, each row under its name, each photo with its caption.
-
-    Args:
-        rows: name -> (caption, pixels (H, W, 3)) of each photo; a row longer than `columns` is broken.
-        title: heads the sheet.
-        columns: photos side by side.
-    """
-    broken = [
-        (name if start == 0 else "", photos[start : start + columns])
-        for name, photos in rows.items()
-        for start in range(0, len(photos), columns)
-    ]
-    figure = new_figure(1.55 * columns, 1.74 * max(1, len(broken)) + 0.4)
-    grid = figure.subplots(max(1, len(broken)), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-        axes.set_xticks([])  # else the layout measures labels that nobody sees
-        axes.set_yticks([])
-    for axes_row, (name, photos) in zip(grid, broken, strict=False):
-        for axes, (caption, pixels) in zip(axes_row, photos, strict=False):
-            axes.imshow(pixels, interpolation="antialiased")
-            axes.set_title(caption, fontsize=8, color=GREY, pad=3, parse_math=False)
-        if name:
-            place = (-0.06, 0.5)
-            axes_row[0].annotate(
-                name, place, xycoords="axes fraction", rotation=90, ha="right", va="center", fontsize=9, color=INK
-            )
-    headline(figure, title)
-    return figure
+def _add_samples(result: Exploration, manifest: Manifest, rng: np.random.Generator) -> None:
+    for label in manifest.labels:
+        ids = manifest.bins.loc[manifest.bins["quantity"] == label, "id"].to_numpy()
+        chosen = sorted(rng.choice(ids, min(SHEET, len(ids)), replace=False)) if len(ids) else []
+        if photos := list(_read(manifest.source, chosen)):
+            title = f"Recorded quantity {label}"
+            result.plots[f"samples_{label}"] = figures.sheet_figure({"": photos}, title)
 
 
-def sizes_figure(bins: pd.DataFrame) -> Figure:
-    """Width against height of the photos, and the sizes of their files."""
-    table = size_table(bins, most=len(bins))
-    ratio = bins["width"] / bins["height"]
-    others = ratio[ratio != 1]
-    figure = new_figure(9.6, 3.9)
-    left, right = figure.subplots(1, 2)
-    area = 900 * table["bins"] / table["bins"].max()
-    left.scatter(table["width"], table["height"], s=area.clip(lower=14), color=BLUE, alpha=0.5, linewidths=0)
-    plain(left, "Sizes (area: number of photos)", "Width (pixels)", "Height (pixels)")
-    left.set_aspect("equal", adjustable="datalim")
-    left.margins(0.15)
-    _histogram(right, bins["bytes"].to_numpy() / 1000, BLUE)
-    plain(right, "File sizes", "File size (kB)", "Photos")
-    _grid(left, "both")
-    _grid(right, "y")
-    rest = ""
-    if len(others):
-        low, high = (f"{value:.1f}" for value in others.quantile([0.05, 0.95]))
-        rest = f"; most others are {low if low == high else f'{low} to {high}'} times as wide as high"
-    headline(figure, f"{1 - len(others) / len(bins):.0%} of the photos are square{rest}")
-    return figure
+def _add_photos(result: Exploration, manifest: Manifest, rng: np.random.Generator) -> None:
+    from tqdm import tqdm
+
+    bins = manifest.bins
+    chosen = bins["id"].iloc[np.sort(rng.permutation(len(bins))[:SAMPLE])].tolist()
+    photos = tqdm(_read(manifest.source, chosen), "measuring photos", len(chosen), disable=None)
+    measured = {bin_id: photo_measures(pixels) for bin_id, pixels in photos}
+    result.tables["sizes"], result.plots["sizes"] = size_table(bins), figures.sizes_figure(bins)
+    result.metrics |= {
+        "eda/width_median": float(bins["width"].median()),
+        "eda/height_median": float(bins["height"].median()),
+        "eda/square_share": float((bins["width"] == bins["height"]).mean()),
+        "eda/photos_measured": float(len(measured)),
+        "eda/photos_lost": float(len(chosen) - len(measured)),
+    }
+    if not measured:
+        return
+    ids = np.array(list(measured))
+    brightness, sharpness = np.array(list(measured.values())).T
+    ends = {
+        "darkest": np.argsort(brightness)[:6],
+        "brightest": np.argsort(-brightness)[:6],
+        "most blurred": np.argsort(sharpness)[:6],
+        "sharpest": np.argsort(-sharpness)[:6],
+    }
+    rows = {name: list(_read(manifest.source, ids[at].tolist())) for name, at in ends.items()}
+    result.plots["light"] = figures.light_figure(brightness, sharpness)
+    result.plots["extremes"] = figures.sheet_figure(rows, "The ends of brightness and sharpness")
+    result.metrics |= {
+        "eda/brightness_median": float(np.median(brightness)),
+        "eda/sharpness_median": float(np.median(sharpness)),
+    }
 
 
-def light_figure(brightness: NDArray[np.float64], sharpness: NDArray[np.float64]) -> Figure:
-    """Histograms of brightness (0 to 255) and sharpness (variance of the Laplacian, on a log axis)."""
-    figure = new_figure(9.6, 3.6)
-    left, right = figure.subplots(1, 2)
-    _histogram(left, brightness, BLUE)
-    plain(left, f"Brightness: median {np.median(brightness):.0f}", "Mean luma (0 black, 255 white)", "Photos")
-    _histogram(right, np.maximum(sharpness, 1e-3), BLUE, log=True)
-    plain(
-        right,
-        f"Sharpness: median {np.median(sharpness):,.0f}",
-        "Variance of the Laplacian (left is blurred)",
-        "Photos",
-    )
-    _grid(left, "y")
-    _grid(right, "y")
-    headline(figure, f"Brightness and sharpness of {len(brightness):,} photos")
-    return figure
+def _add_snapshots(result: Exploration, bins: pd.DataFrame) -> None:
+    sizes, changes = group_sizes(bins), neighbour_changes(bins)
+    result.plots["snapshots"] = figures.snapshots_figure(sizes, changes)
+    result.metrics |= {
+        "eda/groups": float(sizes.sum()),
+        "eda/repeated_share": 1 - int(sizes.get(1, 0)) / len(bins),
+        "eda/largest_group": float(sizes.index.max()),
+        "eda/groups_across_splits": float(groups_across_splits(bins)),
+        "eda/neighbours": float(changes.sum()),
+        "eda/neighbours_equal_share": int(changes.get(0, 0)) / max(1, int(changes.sum())),
+    }
 
 
-def twins_figure(sizes: pd.Series[int], changes: pd.Series[int]) -> Figure:
-    """Bins by the size of their group (`group_sizes`), and `neighbour_changes` of the quantity."""
-    bins = sizes * sizes.index.to_numpy()
-    twins = float(bins[bins.index > 1].sum() / bins.sum())
-    figure = new_figure(9.6, 3.6)
-    left, right = figure.subplots(1, 2)
-    colors = [PALE if size == 1 else BLUE for size in bins.index]
-    left.bar(bins.index.to_numpy(), bins.to_numpy(), color=colors, edgecolor=GREY, linewidth=0.4, width=0.8)
-    left.set_xlim(0.3, max(3, int(bins.index.max())) + 0.7)
-    left.locator_params(axis="x", integer=True)
-    plain(left, "Bins by looks at them", "Looks at the same bin", "Bins")
-    _whole_numbers(left)
-    if changes.sum():
-        near = range(max(-5, min(-2, *changes.index)), min(5, max(2, *changes.index)) + 1)
-        heights = 100 * changes.reindex(near, fill_value=0).to_numpy() / changes.sum()
-        right.bar(near, heights, color=BLUE, width=0.75)
-        for x, height in zip(near, heights, strict=True):
-            text = "<1%" if 0 < height < 0.5 else f"{height:.0f}%"
-            right.annotate(text, (x, height), (0, 3), textcoords="offset points", ha="center", fontsize=9, color=INK)
-        right.set_xticks(near, [f"{x:+d}" if x else "0" for x in near])
-    else:
-        right.text(0.5, 0.5, "no neighbouring looks", ha="center", color=GREY, transform=right.transAxes)
-    plain(right, f"Change between {changes.sum():,} neighbouring looks", "Change of the quantity (items)", "Pairs (%)")
-    _grid(left, "y")
-    _grid(right, "y")
-    headline(figure, f"{twins:.0%} of the bins are seen again")
-    return figure
+def _add_near_duplicates(result: Exploration, bins: pd.DataFrame, rng: np.random.Generator, near: int) -> None:
+    hashes = np.array([int(text, 16) for text in bins["phash"]], dtype=np.uint64)
+    asked = np.sort(rng.permutation(len(bins))[:SAMPLE])
+    distance, position = nearest_photos(hashes, asked)
+    result.metrics["eda/same_photo_share"] = float(bins["hash"].duplicated(keep=False).mean())
+    if not distance.size:
+        return
+    group, split = bins["group"].to_numpy(), bins["split"].to_numpy()
+    is_near = distance <= near
+    same_group = group[asked] == group[position]
+    result.plots["near_duplicates"] = figures.nearest_figure(distance, same_group, near)
+    result.metrics["eda/near_duplicates_share"] = float(is_near.mean())
+    across = is_near & (split[asked] != split[position])
+    result.metrics["eda/near_duplicates_across_splits"] = float(across.mean())
 
 
-def nearest_figure(distance: NDArray[np.int64], same_group: NDArray[np.bool_], twin_distance: int) -> Figure:
-    """How far the most similar other photo is, in bits, where it is of the same group and where it is not."""
-    figure = new_figure(9.6, 3.4)
-    axes = figure.add_subplot()
-    bits = np.arange(0, max(16, int(distance.max(initial=0))) + 1)
-    same = np.bincount(distance[same_group], minlength=bits.size)
-    other = np.bincount(distance[~same_group], minlength=bits.size)
-    axes.bar(bits, same, color=BLUE, width=0.8, label="it is a look at the same bin")
-    axes.bar(bits, other, bottom=same, color=ORANGE, width=0.8, label="it is of another bin")
-    axes.axvline(twin_distance + 0.5, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"near-identical: up to {twin_distance} bits",
-        (twin_distance + 0.5, 1),
-        (6, -4),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        va="top",
-        fontsize=9,
-        color=GREY,
-        backgroundcolor="white",
-    )
-    _legend_below(axes)
-    plain(axes, "", "Distance to the most similar other photo (differing bits of 64)", "Photos")
-    _whole_numbers(axes)
-    _grid(axes, "y")
-    near = float((distance <= twin_distance).mean()) if distance.size else 0.0
-    headline(figure, f"{near:.1%} of the photos have a near-identical one")
-    return figure
+def _read(source: Source, ids: Sequence[str]) -> Iterator[tuple[str, Pixels]]:
+    """Yield the photos as squares in the order of the ids; photos that have gone meanwhile are left out."""
+
+    def read(bin_id: str) -> tuple[str, Pixels] | None:
+        try:
+            return bin_id, prepare(decode(source.photo(bin_id)), _SIDE)
+        except (OSError, PhotoError):
+            return None
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for start in range(0, len(ids), _BLOCK):
+            yield from filter(None, threads.map(read, ids[start : start + _BLOCK]))
 
 
-def _histogram(axes: Axes, values: NDArray[Any], color: str, *, log: bool = False) -> None:
-    """40 bins between the 0.5 and 99.5 percentiles; what lies outside is counted in the outermost bins."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+def _as_jpeg(path: Path) -> bytes:
+    from PIL import Image
 
-    low, high = np.quantile(values, [0.005, 0.995])
-    if not high > low:
-        low, high = (low * 0.9, high * 1.1) if log else (low - 0.5, high + 0.5)
-    edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
-    axes.hist(np.clip(values, low, high), bins=list(edges), color=color, edgecolor="white", linewidth=0.4)
-    axes.axvline(float(np.median(values)), color=ORANGE, linewidth=1.5)
-    if log:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-    _whole_numbers(axes)
-
-
-def _legend_below(axes: Axes) -> None:
-    """Under the axis label, where it covers no mark."""
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        ncols=3,
-        labelcolor=INK,
-        borderaxespad=0,
-        loc="upper left",
-        bbox_to_anchor=(0, -0.17),
-    )
-
-
-def _whole_numbers(axes: Axes) -> None:
-    """Counts have no halves, and thousands a comma."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _grid(axes: Axes, axis: Any) -> None:
-    axes.grid(axis=axis, which="major", color=PALE, linewidth=0.8)
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
