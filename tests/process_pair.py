@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,7 @@ class ByRank:
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     here = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in here.items()}
+    sys.path.append(str(Path(__file__).parents[1]))  # pytest names its modules from there: tests.training.test_x
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     import torch
 
