@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import multiprocessing
 import os
 import socket
@@ -9,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,8 +44,9 @@ class ProcessGroup:
 
         An argument that is a `ByRank` is another one for each. An exception of theirs is raised here.
         """
+        place = (function.__module__, inspect.getfile(function), function.__name__)
         for rank, pipe in enumerate(self._pipes):
-            pipe.send((function, [one.values[rank] if isinstance(one, ByRank) else one for one in arguments]))
+            pipe.send((*place, [one.values[rank] if isinstance(one, ByRank) else one for one in arguments]))
         ended = [pipe.recv() if pipe.poll(120) else (TimeoutError(f"rank {rank}"), "") for rank, pipe in self.each()]
         for value, trace in ended:
             if trace is not None:
@@ -72,7 +75,6 @@ class ByRank:
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     here = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in here.items()}
-    sys.path.append(str(Path(__file__).parents[1]))  # pytest names its modules from there: tests.training.test_x
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     import torch
 
@@ -82,13 +84,24 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     with distributed.process_group(timeout=60):
         while True:
             try:
-                function, arguments = pipe.recv()
+                module, file, function, arguments = pipe.recv()
             except EOFError:
                 return
             try:
-                pipe.send((function(*arguments), None))
+                pipe.send((getattr(_module(module, file), function)(*arguments), None))
             except Exception as error:
                 pipe.send((error, traceback.format_exc()))
+
+
+def _module(name: str, file: str) -> ModuleType:
+    """A test's module as pytest imports it, which no other process could find by its name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")
