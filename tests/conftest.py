@@ -15,6 +15,7 @@ from PIL import Image
 
 from stocktake.cli import main
 
+pytest_plugins = ["sagemaker_local.pytest_plugin", "emulated_aws"]
 EXIF_ORIENTATION = 0x0112
 
 

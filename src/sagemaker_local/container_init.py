@@ -1,4 +1,4 @@
-"""The first process of a container: gives it /opt/ml and host names of its own, runs the program, leaves none of it.
+"""The first process of a container: enters a namespace with its own /opt/ml, runs the program, kills what is left.
 
 Run as a file by an isolated Python, so that it starts in milliseconds. Its argument is JSON:
 {"command": [...], "folder": what /opt/ml shall be, or null, "hosts": what /etc/hosts shall be, or null}.
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-NOT_CONFINED = 70
+NO_NAMESPACE = 70
 """Exit code: this machine does not allow a private mount namespace."""
 NOT_STARTED = 127
 """Exit code: there is no such program."""
@@ -37,10 +37,10 @@ def main() -> NoReturn:
     _LIBC.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if order["folder"] is not None:
         try:
-            confine(Path(order["folder"]), order["hosts"])
+            enter_namespace(Path(order["folder"]), order["hosts"])
         except OSError as error:
             print(f"no private mount namespace: {error}", file=sys.stderr)
-            sys.exit(NOT_CONFINED)
+            sys.exit(NO_NAMESPACE)
     woken, wake = os.pipe()
     for end in (woken, wake):
         os.set_blocking(end, False)
@@ -49,7 +49,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     program = os.fork()
     if program == 0:
-        _become(order["command"])
+        _exec(order["command"])
     signal.signal(signal.SIGTERM, lambda *_: _send(program, signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     code = None
@@ -66,7 +66,7 @@ def main() -> NoReturn:
     os._exit(code)
 
 
-def confine(folder: Path, hosts: str | None) -> None:
+def enter_namespace(folder: Path, hosts: str | None) -> None:
     """Enter a private mount namespace where /opt/ml is `folder` and /etc/hosts is `hosts`.
 
     Raises:
@@ -88,18 +88,18 @@ def confine(folder: Path, hosts: str | None) -> None:
 
 
 def _rebuild(folder: Path, scratch: Path, name: str) -> None:
-    """Put over `folder` one with the same contents and a folder `name`, so that none need be made on the machine."""
+    """Mount over `folder` one with the same contents and a folder `name`, without changing the machine's own."""
     (scratch / name).mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
-        here = scratch / entry.name
+        target = scratch / entry.name
         if entry.is_symlink():
-            here.symlink_to(entry.readlink())
+            target.symlink_to(entry.readlink())
             continue
         if entry.is_dir():
-            here.mkdir(exist_ok=True)
+            target.mkdir(exist_ok=True)
         else:
-            here.touch()
-        _bind(entry, here)
+            target.touch()
+        _bind(entry, target)
     _bind(scratch, folder)
 
 
@@ -113,8 +113,8 @@ def _check(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _become(command: list[str]) -> NoReturn:
-    """The program, in this process."""
+def _exec(command: list[str]) -> NoReturn:
+    """Replace this process by the program."""
     _LIBC.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -129,7 +129,7 @@ def _become(command: list[str]) -> NoReturn:
 
 
 def _reap() -> dict[int, int]:
-    """Of the children that have ended: process id and exit code."""
+    """Return process id and exit code of the children that have ended."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -143,7 +143,7 @@ def _reap() -> dict[int, int]:
 
 
 def _descendants() -> list[int]:
-    """Every living process below this one."""
+    """Return every living process below this one."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):  # noqa: PTH208 - names are all that is wanted
         if entry.isdigit():
@@ -152,17 +152,17 @@ def _descendants() -> list[int]:
             except OSError:
                 continue
             parents[int(entry)] = int(after_name[1])
-    found = [os.getpid()]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found[1:]
+    family = [os.getpid()]
+    for process in family:
+        family += [child for child, parent in parents.items() if parent == process]
+    return family[1:]
 
 
 def _send(process: int, number: signal.Signals) -> bool:
-    """Whether there was such a process, and it could be sent a signal."""
+    """Send a signal; return False if the process is gone or belongs to another user."""
     try:
         os.kill(process, number)
-    except (ProcessLookupError, PermissionError):  # gone, or a program of another user
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, cast
 
 from moto.core.responses import ActionResult
@@ -14,10 +13,11 @@ from moto.sagemaker.exceptions import ValidationError
 from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig, Model, SageMakerModelBackend
 from moto.sagemaker.responses import SageMakerResponse
 
-from sagemaker_local import checks
-from sagemaker_local.containers import Machine
-from sagemaker_local.model_servers import ModelServer, ModelServerError, model_uri
-from sagemaker_local.records import LogStream
+from sagemaker_local.cloudwatch import LogStream
+from sagemaker_local.context import EmulatorContext
+from sagemaker_local.jobs import Operations, check_role
+from sagemaker_local.model_servers import ModelServer, ModelServerError, NotReadyError, model_uri
+from sagemaker_local.service_model import require
 from sagemaker_local.storage import Storage
 
 _IN_PROGRESS = ("Creating", "Updating", "Deleting")
@@ -30,7 +30,7 @@ class Endpoint(FakeEndpoint):
 
     def __init__(
         self,
-        machine: Machine,
+        context: EmulatorContext,
         backend: SageMakerModelBackend,
         name: str,
         config: str,
@@ -45,7 +45,7 @@ class Endpoint(FakeEndpoint):
             data_capture_config={},
             tags=tags or [],
         )
-        self._machine, self._backend = machine, backend
+        self._context, self._backend = context, backend
         self._guard = threading.Lock()
         self._servers: dict[str, ModelServer] = {}
         self.endpoint_status = "Creating"
@@ -58,7 +58,6 @@ class Endpoint(FakeEndpoint):
             "EndpointArn": self.arn,
             "EndpointConfigName": self.endpoint_config_name,
             "ProductionVariants": self.production_variants or None,
-            "DataCaptureConfig": self.data_capture_config or None,
             "EndpointStatus": self.endpoint_status,
             "FailureReason": self.failure_reason,
             "CreationTime": self.creation_time,
@@ -67,44 +66,44 @@ class Endpoint(FakeEndpoint):
         return {name: value for name, value in described.items() if value is not None}
 
     def check_idle(self) -> None:
-        """Raises ValidationError while it is being created, updated or deleted."""
+        """Raise ValidationError while it is being created, updated or deleted."""
         if self.endpoint_status in _IN_PROGRESS:
             raise ValidationError(message=f'Cannot update in-progress endpoint "{self.arn}".')
 
-    def change(self, config: str, keeps_weights: bool) -> None:
-        """To another configuration: its servers come up first, then the old ones go."""
+    def go_over(self, config: str, keeps_weights: bool) -> None:
+        """Go over to another configuration: its servers come up first, then the old ones go."""
         self.check_idle()
         self._backend.describe_endpoint_config(config)
         self.endpoint_status, self.failure_reason = "Updating", None
         self.last_modified_time = utcnow()
         threading.Thread(target=self._converge, args=(config, keeps_weights), daemon=True).start()
 
-    def weigh(self, wanted: list[dict[str, Any]]) -> None:
-        """Set weights and counts of variants.
+    def update_weights(self, desired: list[dict[str, Any]]) -> None:
+        """Set weights and instance counts of variants.
 
         Raises:
-            ValidationError: a variant that is not there.
+            ValidationError: there is no such variant.
         """
         self.check_idle()
         variants = {variant["VariantName"]: variant for variant in self.production_variants}
-        for one in wanted:
-            if one["VariantName"] not in variants:
+        for change in desired:
+            if change["VariantName"] not in variants:
                 raise ValidationError(
-                    message=f'The variant name(s) "{one["VariantName"]}" is/are not present within endpoint '
+                    message=f'The variant name(s) "{change["VariantName"]}" is/are not present within endpoint '
                     f'configuration "{self.endpoint_config_name}".'
                 )
-        for one in wanted:
+        for change in desired:
             for name in ("Weight", "InstanceCount"):
-                value = one.get(f"Desired{name}")
+                value = change.get(f"Desired{name}")
                 if value is not None:
-                    variants[one["VariantName"]] |= {f"Desired{name}": value, f"Current{name}": value}
+                    variants[change["VariantName"]] |= {f"Desired{name}": value, f"Current{name}": value}
         self.last_modified_time = utcnow()
 
-    def choose(self, target: str | None) -> tuple[str, ModelServer, bool]:
-        """The variant that a request goes to, by name or by weights: its name, server, and whether it is serverless.
+    def pick_variant(self, target: str | None) -> tuple[str, ModelServer, bool]:
+        """Return the variant that a request goes to, by name or by weights: its name, server, and if it is serverless.
 
         Raises:
-            KeyError: none of that name, or all weights are zero.
+            KeyError: there is none of that name, or all weights are zero.
         """
         with self._guard:
             variants = {variant["VariantName"]: variant for variant in self.production_variants}
@@ -124,41 +123,41 @@ class Endpoint(FakeEndpoint):
             server.close()
 
     def _converge(self, config_name: str, keeps_weights: bool) -> None:
-        was_there = bool(self._servers)
+        """Start the servers of a configuration, then let them take the place of those that run."""
+        had_servers = bool(self._servers)
         config = self._backend.describe_endpoint_config(config_name)
         started: dict[str, ModelServer] = {}
-        reason = None
-        variant = ""
+        reason, name = "", ""
         try:
-            for one in config["ProductionVariants"]:
-                variant = one["VariantName"]
-                started[variant] = self._start(one)
-            for variant in started:
-                started[variant].wait_ready()
+            for variant in config["ProductionVariants"]:
+                name = variant["VariantName"]
+                started[name] = self._start(variant)
+            for name in started:
+                started[name].wait_ready()
+        except NotReadyError as error:
+            reason = (
+                f"The primary container for production variant {name} {error}. Please check CloudWatch logs for this "
+                "endpoint."
+            )
         except ModelServerError as error:
             reason = str(error)
-            if reason.startswith("did"):
-                reason = (
-                    f"The primary container for production variant {variant} {reason}. Please check CloudWatch logs "
-                    "for this endpoint."
-                )
-        except Exception as error:  # whatever it is must end the creation
+        except Exception as error:  # any error must end the creation
             reason = f"InternalServerError: {type(error).__name__}: {error}"
-        if reason is not None:
+        if reason:
             for server in started.values():
                 server.close()
             self.failure_reason = reason
-            self.endpoint_status = "InService" if was_there else "Failed"
+            self.endpoint_status = "InService" if had_servers else "Failed"
             self.last_modified_time = utcnow()
             return
-        before = {one["VariantName"]: one for one in self.production_variants} if keeps_weights else {}
+        before = {variant["VariantName"]: variant for variant in self.production_variants} if keeps_weights else {}
         with self._guard:
             replaced, self._servers = self._servers, started
             self.production_variants = [
-                _describe(one, before.get(one["VariantName"]), started) for one in config["ProductionVariants"]
+                _describe(variant, before.get(variant["VariantName"], {}), started)
+                for variant in config["ProductionVariants"]
             ]
             self.endpoint_config_name = config_name
-            self.data_capture_config = config.get("DataCaptureConfig") or {}
         self.endpoint_status, self.last_modified_time = "InService", utcnow()
         for server in replaced.values():
             server.close_later()
@@ -166,28 +165,26 @@ class Endpoint(FakeEndpoint):
     def _start(self, variant: dict[str, Any]) -> ModelServer:
         stream = f"{variant['VariantName']}/i-{time.time_ns():017x}"
         log = LogStream(self._backend, f"/aws/sagemaker/Endpoints/{self.endpoint_name}", stream)
-        return ModelServer(self._machine, self._backend, variant["ModelName"], log)
+        return ModelServer(self._context, self._backend, variant["ModelName"], log)
 
 
-def _describe(
-    variant: dict[str, Any], before: dict[str, Any] | None, servers: dict[str, ModelServer]
-) -> dict[str, Any]:
-    """A variant of a configuration as DescribeEndpoint tells it."""
+def _describe(variant: dict[str, Any], before: dict[str, Any], servers: dict[str, ModelServer]) -> dict[str, Any]:
+    """Return a variant of a configuration as in DescribeEndpoint's answer."""
     name = variant["VariantName"]
     image = servers[name].container_spec.get("Image")
     described: dict[str, Any] = {"VariantName": name}
     described |= {"DeployedImages": [{"SpecifiedImage": image, "ResolvedImage": image}]} if image else {}
     values = {"Weight": variant.get("InitialVariantWeight", 1.0), "InstanceCount": variant.get("InitialInstanceCount")}
+    values = {member: before.get(f"Current{member}", value) for member, value in values.items()}
     values["ServerlessConfig"] = variant.get("ServerlessConfig")
-    for part, value in values.items():
+    for member, value in values.items():
         if value is not None:
-            kept = (before or {}).get(f"Current{part}", value) if part != "ServerlessConfig" else value
-            described |= {f"Current{part}": kept, f"Desired{part}": kept}
+            described |= {f"Current{member}": value, f"Desired{member}": value}
     return described
 
 
-def operations() -> dict[str, Callable[[SageMakerResponse], ActionResult]]:
-    """Of SageMaker's API, by moto's names for them; moto's own for the rest, held against AWS's rules."""
+def operations() -> Operations:
+    """Return this module's operations of SageMaker's API; moto's own, held against AWS's rules, among them."""
     moto_create_model, moto_create_config = SageMakerResponse.create_model, SageMakerResponse.create_endpoint_config
 
     def create_model(response: SageMakerResponse) -> ActionResult:
@@ -195,12 +192,14 @@ def operations() -> dict[str, Callable[[SageMakerResponse], ActionResult]]:
         name = request["ModelName"]
         if name in backend._models:
             raise ValidationError(message=f'Cannot create already existing model "{backend._models[name].arn}".')
-        checks.require(request, "ExecutionRoleArn")
-        checks.check_role(backend, request["ExecutionRoleArn"])
-        for spec in [request.get("PrimaryContainer"), *(request.get("Containers") or [])]:
-            uri = model_uri(spec) if spec else None
-            if uri is not None and not Storage(backend).keys(uri):
-                raise ValidationError(message=f"Could not find model data at {uri}.")
+        require(request, "ExecutionRoleArn")
+        check_role(backend, request["ExecutionRoleArn"])
+        containers = request.get("Containers") or [request.get("PrimaryContainer")]
+        if len(containers) != 1 or containers[0] is None:
+            raise ValidationError(message="A model needs one container; pipelines of several are not emulated.")
+        uri = model_uri(containers[0])
+        if uri is not None and not Storage(backend).keys(uri):
+            raise ValidationError(message=f"Could not find model data at {uri}.")
         return moto_create_model(response)
 
     def create_endpoint_config(response: SageMakerResponse) -> ActionResult:
@@ -209,35 +208,35 @@ def operations() -> dict[str, Callable[[SageMakerResponse], ActionResult]]:
         if name in configs:
             arn = configs[name].endpoint_config_arn
             raise ValidationError(message=f'Cannot create already existing endpoint configuration "{arn}".')
-        checks.require(request, "ProductionVariants")
+        require(request, "ProductionVariants")
         return moto_create_config(response)
 
     def update_endpoint(response: SageMakerResponse) -> ActionResult:
         endpoint = _find(response)
-        endpoint.change(response.params["EndpointConfigName"], bool(response.params.get("RetainAllVariantProperties")))
+        endpoint.go_over(response.params["EndpointConfigName"], bool(response.params.get("RetainAllVariantProperties")))
         return ActionResult({"EndpointArn": endpoint.arn})
 
     def update_endpoint_weights_and_capacities(response: SageMakerResponse) -> ActionResult:
         endpoint = _find(response)
-        endpoint.weigh(response.params["DesiredWeightsAndCapacities"])
+        endpoint.update_weights(response.params["DesiredWeightsAndCapacities"])
         return ActionResult({"EndpointArn": endpoint.arn})
 
     own = (create_model, create_endpoint_config, update_endpoint, update_endpoint_weights_and_capacities)
     return {function.__name__: function for function in own}
 
 
-def install(machine: Machine) -> None:
-    """Creation and deletion, in moto's backend, where stacks use them as well as the API does."""
+def install(context: EmulatorContext) -> None:
+    """Put creation and deletion into moto's backend, where stacks use them as well as the API does."""
 
     def create_endpoint(
         backend: SageMakerModelBackend, endpoint_name: str, endpoint_config_name: str, tags: list[dict[str, str]]
     ) -> FakeEndpoint:
-        there = backend.endpoints.get(endpoint_name)
-        if there is not None and there.endpoint_status != "Deleting":  # a stack replaces one without waiting
-            arn = there.arn
+        existing = backend.endpoints.get(endpoint_name)
+        if existing is not None and existing.endpoint_status != "Deleting":  # a stack replaces one without waiting
+            arn = existing.arn
             raise ValidationError(message=f'Cannot create already existing endpoint "{arn}".')
         backend.describe_endpoint_config(endpoint_config_name)
-        endpoint = Endpoint(machine, backend, endpoint_name, endpoint_config_name, tags)  # type: ignore[abstract]
+        endpoint = Endpoint(context, backend, endpoint_name, endpoint_config_name, tags)  # type: ignore[abstract]
         backend.endpoints[endpoint_name] = endpoint
         return endpoint
 
@@ -268,7 +267,7 @@ def install(machine: Machine) -> None:
 
 
 def _find(response: SageMakerResponse) -> Endpoint:
-    """Raises ValidationError when there is no such endpoint."""
+    """Raise ValidationError if there is no such endpoint."""
     name = response.params["EndpointName"]
     response.sagemaker_backend.describe_endpoint(name)
     return cast("Endpoint", response.sagemaker_backend.endpoints[name])

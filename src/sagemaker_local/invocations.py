@@ -52,7 +52,7 @@ def invoke(response: SageMakerRuntimeResponse, payload: bytes) -> TYPE_RESPONSE:
     if endpoint is None or endpoint.endpoint_status not in ("InService", "Updating"):
         return _refused(400, "ValidationError", f"Endpoint {name} of account {account} not found.")
     try:
-        variant, server, serverless = endpoint.choose(response.headers.get("X-Amzn-SageMaker-Target-Variant"))
+        variant, server, serverless = endpoint.pick_variant(response.headers.get("X-Amzn-SageMaker-Target-Variant"))
     except KeyError as error:
         return _refused(400, "ValidationError", f"Endpoint {name} of account {account} does not have {error.args[0]}.")
     most = MOST_SERVERLESS_BYTES if serverless else MOST_BYTES
@@ -62,19 +62,19 @@ def invoke(response: SageMakerRuntimeResponse, payload: bytes) -> TYPE_RESPONSE:
     began = time.perf_counter()
     try:
         reply = server.invoke(payload, headers)
-        status, said, kind = reply.status, reply.body.decode("utf-8", "replace"), reply.headers.get("content-type")
+        status, text, kind = reply.status, reply.body.decode("utf-8", "replace"), reply.headers.get("content-type")
     except TimeoutError:
-        status, said = 0, "Your invocation timed out while waiting for a response from container primary"
+        status, text = 0, "Your invocation timed out while waiting for a response from container primary"
     except (OSError, http.client.HTTPException) as error:
-        status, said = 503, f"{type(error).__name__}: the container gave no answer"
+        status, text = 503, f"{type(error).__name__}: the container gave no answer"
     _measure(response, name, variant, status, time.perf_counter() - began)
     if not 200 <= status < 300:
         side = "client" if 400 <= status < 500 else "server"
         message = (
-            f'Received {side} error ({status}) from primary with message "{said}". See the log group '
+            f'Received {side} error ({status}) from primary with message "{text}". See the log group '
             f"/aws/sagemaker/Endpoints/{name} in account {account} for more information."
         )
-        return _refused(424, "ModelError", message, OriginalStatusCode=status, OriginalMessage=said)
+        return _refused(424, "ModelError", message, OriginalStatusCode=status, OriginalMessage=text)
     answer = {"Content-Type": kind or "application/octet-stream", "x-Amzn-Invoked-Production-Variant": variant}
     if attributes := reply.headers.get("x-amzn-sagemaker-custom-attributes"):
         answer["X-Amzn-SageMaker-Custom-Attributes"] = attributes
@@ -87,7 +87,7 @@ def _refused(status: int, kind: str | None, message: str, **more: Any) -> TYPE_R
 
 
 def _measure(response: SageMakerRuntimeResponse, endpoint: str, variant: str, status: int, seconds: float) -> None:
-    """What CloudWatch has of a request."""
+    """Put the metrics of a request into CloudWatch."""
     dimensions = [{"Name": "EndpointName", "Value": endpoint}, {"Name": "VariantName", "Value": variant}]
     values = {
         "Invocations": (1.0, "None"),

@@ -1,4 +1,4 @@
-"""How SageMaker's List operations filter, sort and page."""
+"""Filters, order and pages of SageMaker's List operations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _SORTED_BY = {"Status": "{}Status", "Name": "{}Name", "FinalObjectiveMetricValue
 
 
 def page(rows: list[dict[str, Any]], request: dict[str, Any], result: str, kind: str) -> dict[str, Any]:
-    """The rows that a request asks for, under `result`, and its NextToken.
+    """Return the rows that a request asks for, under `result`, and the NextToken.
 
     Raises:
         ValidationError: a token that was not given out.
     """
     name, status = f"{kind}Name", f"{kind}Status"
-    wanted = [
+    selected = [
         row
         for row in rows
         if request.get("NameContains", "").lower() in row[name].lower()
@@ -25,13 +25,13 @@ def page(rows: list[dict[str, Any]], request: dict[str, Any], result: str, kind:
         and _lies_within(row, request, "LastModifiedTime")
     ]
     by = _SORTED_BY.get(request.get("SortBy", "CreationTime"), "CreationTime").format(kind)
-    wanted.sort(key=lambda row: row[by], reverse=request.get("SortOrder") != "Ascending")
+    selected.sort(key=lambda row: row[by], reverse=request.get("SortOrder") != "Ascending")
     try:
         first = int(request.get("NextToken") or 0)
     except ValueError:
         raise ValidationError(message="Invalid pagination token") from None
     after = first + (request.get("MaxResults") or 10)
-    return {result: wanted[first:after], **({"NextToken": str(after)} if after < len(wanted) else {})}
+    return {result: selected[first:after], **({"NextToken": str(after)} if after < len(selected) else {})}
 
 
 def _lies_within(row: dict[str, Any], request: dict[str, Any], moment: str) -> bool:

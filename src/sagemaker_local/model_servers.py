@@ -5,28 +5,32 @@ from __future__ import annotations
 import http.client
 import shutil
 import socket
-import sys
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moto.sagemaker.models import SageMakerModelBackend
 
-from sagemaker_local.container_init import MODEL_FOLDER
-from sagemaker_local.containers import Container, Machine, stop
+from sagemaker_local.cloudwatch import LogStream
+from sagemaker_local.containers import Container, stop
+from sagemaker_local.context import EmulatorContext
 from sagemaker_local.permissions import role_variables
-from sagemaker_local.records import LogStream
-from sagemaker_local.storage import Storage
+from sagemaker_local.storage import Storage, UnsafePathError
 
 HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1
 
 
 class ModelServerError(Exception):
-    """A server that did not come up: the reason, as AWS words it."""
+    """A server that cannot be started: the reason, as AWS words it."""
+
+
+class NotReadyError(ModelServerError):
+    """A server whose program ended, or did not answer /ping in time."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +48,24 @@ class ModelServer:
 
     def __init__(
         self,
-        machine: Machine,
+        context: EmulatorContext,
         backend: SageMakerModelBackend,
         model_name: str,
         stream: LogStream,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it; `wait_ready` tells whether it came up.
+        """Start it; `wait_ready` waits until it is up.
 
         Raises:
-            ModelServerError: the model's data cannot be had.
+            ModelServerError: the model's data cannot be fetched.
         """
         self.container_spec = container_of(backend, model_name)
-        self._machine = machine
-        self._scratch = machine.folder / str(machine.new_number())
+        self._context = context
+        self._scratch = context.folder / str(context.next_number())
         folder = self._scratch / "ml"
         try:
             _fetch_model(Storage(backend), self.container_spec, folder)
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, tarfile.TarError, UnsafePathError) as error:
             shutil.rmtree(self._scratch, ignore_errors=True)
             raise ModelServerError(
                 f'Failed to download model data for container "container_1" from URL: '
@@ -69,28 +73,25 @@ class ModelServer:
                 f"that it is a .tar.gz: "
                 f"{type(error).__name__}."
             ) from None
-        self.port = free_port()
-        root = MODEL_FOLDER if machine.confined else str(folder)
-        variables = machine.environment(self._scratch) | role_variables(backend, role_of(backend, model_name))
-        variables |= {
-            "SAGEMAKER_BIND_TO_PORT": str(self.port),
-            "STOCKTAKE_HOST": HOST,  # the image says 0.0.0.0: here it would be the machine's
-            "STOCKTAKE_MODEL_DIR": f"{root}/model",
-        }
+        self._port = reserve_port()
+        self.port = int(self._port.getsockname()[1])
+        variables = context.container_environment(self._scratch, role_variables(backend, role_of(backend, model_name)))
+        variables["SAGEMAKER_BIND_TO_PORT"] = str(self.port)
         variables |= self.container_spec.get("Environment") or {}
-        image = self.container_spec.get("Image", "")
-        words = [*machine.entry_point(image), "serve"]
-        if len(words) == 1:
-            words = [sys.executable, "-m", "stocktake.serving.serve"]
-        self._container = Container(machine, words, folder, variables | dict(environment or {}), stream.write)
+        command = [*context.entry_point(self.container_spec.get("Image", "")), "serve"]
+        try:
+            self._container = Container(context, command, folder, variables | dict(environment or {}), stream.write)
+        except OSError:
+            self._port.close()
+            raise
 
     def wait_ready(self, is_given_up: Callable[[], bool] = lambda: False) -> None:
-        """Until GET /ping is answered with 200.
+        """Wait until GET /ping is answered with 200.
 
         Raises:
-            ModelServerError: the program ended, or did not answer in time.
+            NotReadyError: the program ended, did not answer in time, or `is_given_up` returned True.
         """
-        deadline = time.monotonic() + self._machine.startup
+        deadline = time.monotonic() + self._context.startup
         while time.monotonic() < deadline and not is_given_up():
             if self._container.exit_code is not None:
                 break
@@ -100,7 +101,7 @@ class ModelServer:
             except (OSError, http.client.HTTPException):
                 pass
             time.sleep(_POLL_SECONDS)
-        raise ModelServerError("did not pass the ping health check")
+        raise NotReadyError("did not pass the ping health check")
 
     def invoke(self, body: bytes, headers: Mapping[str, str], timeout: float = 60.0) -> Reply:
         """POST /invocations.
@@ -111,12 +112,13 @@ class ModelServer:
         return self._ask("POST", "/invocations", body, headers, timeout)
 
     def close(self) -> None:
-        """SIGTERM, then SIGKILL; returns when all of it has ended."""
-        stop([self._container], self._machine.grace)
+        """Send SIGTERM, then SIGKILL; return when all of it has ended."""
+        stop([self._container], self._context.grace)
+        self._port.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def close_later(self) -> None:
-        """The same, in the background."""
+        """Close it in the background."""
         threading.Thread(target=self.close, daemon=True).start()
 
     def _ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str], timeout: float) -> Reply:
@@ -131,7 +133,7 @@ class ModelServer:
 
 
 def container_of(backend: SageMakerModelBackend, model_name: str) -> dict[str, Any]:
-    """A model's only container, as CreateModel was given it.
+    """Return a model's only container, as in the CreateModel request.
 
     Raises:
         ValidationError: there is no such model.
@@ -142,25 +144,29 @@ def container_of(backend: SageMakerModelBackend, model_name: str) -> dict[str, A
 
 
 def role_of(backend: SageMakerModelBackend, model_name: str) -> str:
-    """The role that a model's containers run as."""
+    """Return the role that a model's containers run as."""
     return str(backend.describe_model(model_name).execution_role_arn)
 
 
 def model_uri(spec: Mapping[str, Any]) -> str | None:
-    """Where a container's model data lies in S3; None if it has none."""
+    """Return where a container's model data lies in S3; None if it has none."""
     source = (spec.get("ModelDataSource") or {}).get("S3DataSource") or {}
     uri: str | None = spec.get("ModelDataUrl") or source.get("S3Uri")
     return uri
 
 
-def free_port() -> int:
-    """One of this machine's loopback."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def reserve_port() -> socket.socket:
+    """Bind a free port of the loopback and return the socket, which keeps it from others until it is closed.
+
+    It does not listen: a program that sets SO_REUSEADDR, as servers do, can bind the port beside it and listen.
+    """
+    reservation = socket.socket()
+    reservation.bind((HOST, 0))
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return reservation
 
 
-def _fetch_model(storage: Storage, spec: Mapping[str, Any], folder: Any) -> None:
+def _fetch_model(storage: Storage, spec: Mapping[str, Any], folder: Path) -> None:
     into = folder / "model"
     into.mkdir(parents=True)
     uri = model_uri(spec)
@@ -168,6 +174,6 @@ def _fetch_model(storage: Storage, spec: Mapping[str, Any], folder: Any) -> None
     if uri is None:
         return
     if source.get("CompressionType") == "None":
-        storage.download(storage.objects({"S3Uri": uri, "S3DataType": "S3Prefix"}), into)
+        storage.download(storage.objects(uri), into)
     else:
         storage.unpack(uri, into)

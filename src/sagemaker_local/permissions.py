@@ -1,28 +1,26 @@
 """IAM: who calls, and what their policies let them do; the simulator, which the SageMaker SDK asks about a role.
 
-The credentials that a rehearsal prints may do everything. Users and roles that are made in it may do what their
-policies allow, and a container acts as the role of its job or model: policies can be tried before AWS judges them.
-What SageMaker does itself with a role (images, inputs, outputs, logs) is not held against it here.
+The emulator's own access key may do everything. Users and roles that are made in it may do what their policies allow,
+and a container acts as the role of its job or model: policies can be tried before AWS judges them. What SageMaker does
+itself with a role (images, inputs, outputs, logs) is not held against it here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from moto.core.authorization import ActionAuthenticatorMixin
-from moto.core.exceptions import AccessDeniedError, InvalidClientTokenIdError, JsonRESTError
+from moto.core.exceptions import AccessDeniedError, JsonRESTError
 from moto.core.responses import ActionResult, BaseResponse
 from moto.iam.responses import IamResponse
 from moto.sagemaker.models import SageMakerModelBackend
 from moto.sagemaker.responses import SageMakerResponse
 from moto.sts.models import sts_backends
 
-from sagemaker_local.containers import ACCESS_KEY
+from sagemaker_local.authentication import access_key_of
+from sagemaker_local.context import EmulatorContext
 
-_SIGNER = re.compile(r"Credential=([^/]+)/")
-_IN_JSON = {"AccessDenied": "AccessDeniedException", "InvalidClientTokenId": "UnrecognizedClientException"}
 _SESSION_SECONDS = 12 * 3600
 _SAGEMAKER = {
     "HyperParameterTuningJobName": "hyper-parameter-tuning-job",
@@ -35,12 +33,12 @@ _SAGEMAKER = {
 """What a request is about: the first of these that it has, and the kind of its ARN."""
 
 
-def install() -> None:
-    """Hold every signed call against policies; let every role do everything as far as the simulator is asked."""
+def install(context: EmulatorContext) -> None:
+    """Hold calls against policies; the simulator, which the SageMaker SDK asks, allows every role everything."""
 
     def authorize(response: Any, request_type: type[Any], resource: str = "*") -> None:
-        signer = _SIGNER.search(response.headers.get("Authorization", ""))
-        if signer is None or signer[1] == ACCESS_KEY:
+        key = access_key_of(response.headers.get("Authorization", ""))
+        if key is None or key == context.access_key:  # a presigned URL was signed by one who may
             return
         try:
             request = request_type(
@@ -52,17 +50,17 @@ def install() -> None:
                 headers=response.headers,
                 action=response._get_action(),
             )
-            for action, about in _needed(response, request._action, resource):
+            for action, target in _required_permissions(response, request._action, resource):
                 request._action = action
-                request.check_action_permitted(about)
-        except (AccessDeniedError, InvalidClientTokenIdError) as error:
-            if "X-Amz-Target" in response.headers:  # the protocol of SageMaker and CloudWatch Logs has its own words
-                raise JsonRESTError(_IN_JSON[error.error_type], error.message) from None
+                request.check_action_permitted(target)
+        except AccessDeniedError as error:
+            if "X-Amz-Target" in response.headers:  # the protocol of SageMaker and CloudWatch Logs has its own word
+                raise JsonRESTError("AccessDeniedException", error.message) from None
             raise
 
     def simulate_principal_policy(response: IamResponse) -> ActionResult:
         actions = response.params["ActionNames"]
-        allowed = [{"EvalActionName": one, "EvalResourceName": "*", "EvalDecision": "allowed"} for one in actions]
+        allowed = [{"EvalActionName": action, "EvalResourceName": "*", "EvalDecision": "allowed"} for action in actions]
         return ActionResult({"EvaluationResults": allowed, "IsTruncated": False})
 
     setattr(ActionAuthenticatorMixin, "_authenticate_and_authorize_action", authorize)  # noqa: B010 - moto's name
@@ -70,7 +68,7 @@ def install() -> None:
 
 
 def role_variables(backend: SageMakerModelBackend, role: str) -> dict[str, str]:
-    """Credentials of a role, as variables of a container that runs as it."""
+    """Return credentials of a role, as variables of a container that runs as it."""
     session = sts_backends[backend.account_id][backend.partition].assume_role(
         backend.region_name, "SageMaker", role, "", _SESSION_SECONDS, ""
     )
@@ -81,8 +79,8 @@ def role_variables(backend: SageMakerModelBackend, role: str) -> dict[str, str]:
     }
 
 
-def _needed(response: BaseResponse, action: str, resource: str) -> Iterator[tuple[str, str]]:
-    """Every action that a call has to be allowed, and on what."""
+def _required_permissions(response: BaseResponse, action: str, resource: str) -> Iterator[tuple[str, str]]:
+    """Yield every action that a call needs, and its resource."""
     place = f"{response.region}:{response.current_account}"
     if isinstance(response, SageMakerResponse):
         request = response.params

@@ -1,4 +1,4 @@
-"""The server: moto's, with the operations that this package adds to it, on this machine's loopback only."""
+"""The server: moto's, with this package's operations in the place of moto's, on this machine's loopback only."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import boto3
-from moto.core.common_types import TYPE_RESPONSE
-from moto.core.responses import ActionResult, BaseResponse
-from moto.moto_server.threaded_moto_server import ThreadedMotoServer
-from moto.sagemaker.responses import SageMakerResponse
+from filelock import FileLock, Timeout
+from moto.moto_server import werkzeug_app
+from werkzeug.serving import make_server
 
-from sagemaker_local import checks, endpoints, invocations, permissions, training_jobs, transform_jobs, tuning_jobs
-from sagemaker_local.containers import ACCESS_KEY, Machine, can_confine
-from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
+from sagemaker_local.authentication import AuthenticatedApplication
+from sagemaker_local.containers import supports_namespaces
+from sagemaker_local.context import EmulatorContext
+from sagemaker_local.operations import install
 
 HOST = "127.0.0.1"
-BUCKET = "stocktake-rehearsal"
-ROLE = "stocktake-rehearsal"
+BUCKET = "sagemaker-local"
+ROLE = "sagemaker-local"
 """A bucket and a role that are there from the start."""
-_PREFIX = "stocktake-rehearsal-"
+_PREFIX = "sagemaker-local-"
 _LOCK = "server.lock"
-_HEIR = """
+_WATCHDOG = """
 import os, shutil, sys, time
 sys.stdin.read()
 for _ in range(100):
@@ -39,163 +40,120 @@ for _ in range(100):
         break
     time.sleep(0.05)  # containers that are just being killed still write
 """
-"""A process that outlives the server: the folder goes with it also when it is killed."""
+"""Program of the cleanup watchdog: a process that outlives the server and removes its folder, also after SIGKILL."""
 
 
-class Rehearsal:
-    """One local AWS. As a context manager it is ended with all that it started."""
+class EmulatorError(Exception):
+    """A setting that cannot be used; the message names it."""
+
+
+class Emulator:
+    """One SageMaker. As a context manager it is ended with everything that it started."""
 
     def __init__(
         self,
         port: int = 0,
         region: str = "us-east-1",
-        state: str | None = None,
+        state: Path | None = None,
         grace: float = 10.0,
         startup: float = 60.0,
-        images: Mapping[str, str] | None = None,
+        images: Mapping[str, list[str]] | None = None,
     ) -> None:
         """Start it; port 0 is any free one.
 
         Raises:
-            StocktakeError: the port is in use, or the state folder cannot be written.
+            EmulatorError: the port is in use, or the state folder cannot be written.
         """
-        sweep(Path(state or tempfile.gettempdir()))
         try:
-            self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=state))
+            listener = socket.create_server((HOST, port))
         except OSError as error:
-            raise StocktakeError(f"--state {state}: {error.strerror}; name a folder that can be written") from None
-        self._lock = FileLock(self.folder / _LOCK)
-        self._lock.try_acquire()
-        self._heir = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _HEIR, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
-        )
-        try:
-            confined = can_confine(self.folder)
-            port = _bindable(port)
-            self.machine = Machine(
-                self.folder, region, confined, grace, startup, images or {}, endpoint=f"http://{HOST}:{port}"
+            raise EmulatorError(f"--port {port}: {error.strerror}; --port 0 takes a free one") from None
+        endpoint = "http://{}:{}".format(*listener.getsockname())
+        with listener:  # the server has a copy of its own
+            state = (state or Path(tempfile.gettempdir())).absolute()
+            remove_stale(state)
+            try:
+                folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=state))
+            except OSError as error:
+                raise EmulatorError(f"--state {state}: {error.strerror}; name a folder that can be written") from None
+            self._lock = FileLock(folder / _LOCK)
+            self._lock.acquire(blocking=False)
+            command = [sys.executable, "-I", "-S", "-c", _WATCHDOG, str(folder)]
+            self._watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            self.context = EmulatorContext(
+                folder, region, endpoint, supports_namespaces(folder), grace, startup, images or {}
             )
-            _install(self.machine)
+            install(self.context)
             logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-            self._server = ThreadedMotoServer(HOST, port, verbose=False)
-            self._server.start()
-            self.role = self._furnish()
+            application = werkzeug_app.DomainDispatcherApplication(werkzeug_app.create_backend_app)
+            self._server = make_server(
+                HOST,
+                port,
+                AuthenticatedApplication(application, self.context.access_key),
+                threaded=True,
+                request_handler=werkzeug_app.MotoRequestHandler,
+                fd=listener.fileno(),
+            )
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            self.role = self._bootstrap()
         except BaseException:
             self.close()
             raise
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that make AWS's clients talk to this one."""
+        """Variables that lead AWS clients here, and the names of what is here."""
         return {
-            **{name: value for name, value in self.machine.aws_environment().items() if name != "AWS_REGION"},
+            **self.context.aws_environment(),
             "SAGEMAKER_VALIDATE_ROLE": "false",
-            "STOCKTAKE_BUCKET": BUCKET,
-            "STOCKTAKE_ROLE": self.role,
+            "SAGEMAKER_LOCAL_BUCKET": BUCKET,
+            "SAGEMAKER_LOCAL_ROLE": self.role,
         }
 
     def close(self) -> None:
-        """End every container and the server, and remove the state."""
-        machine: Machine | None = getattr(self, "machine", None)
-        if machine is not None:
-            machine.close()
-        if hasattr(self, "_server"):
-            self._server.stop()
-        self._heir.communicate()
+        """End every container and the server, and remove the folder."""
+        self.context.close()
+        self._server.shutdown()
+        self._watchdog.communicate()
         self._lock.release()
 
-    def __enter__(self) -> Rehearsal:
+    def __enter__(self) -> Emulator:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _furnish(self) -> str:
-        """A bucket, and a role that SageMaker may assume and that may do everything: its ARN."""
-        client: dict[str, Any] = {
-            "endpoint_url": self.machine.endpoint,
-            "region_name": self.machine.region,
-            "aws_access_key_id": ACCESS_KEY,
-            "aws_secret_access_key": ACCESS_KEY,
+    def _bootstrap(self) -> str:
+        """Create the bucket, and the role that SageMaker may assume and that may do everything; return its ARN."""
+        keys: dict[str, Any] = {
+            "endpoint_url": self.context.endpoint,
+            "region_name": self.context.region,
+            "aws_access_key_id": self.context.access_key,
+            "aws_secret_access_key": self.context.secret_key,
         }
-        where = {} if self.machine.region == "us-east-1" else {"LocationConstraint": self.machine.region}
-        boto3.client("s3", **client).create_bucket(
-            Bucket=BUCKET, **({"CreateBucketConfiguration": where} if where else {})
-        )
+        place = {"CreateBucketConfiguration": {"LocationConstraint": self.context.region}}
+        boto3.client("s3", **keys).create_bucket(Bucket=BUCKET, **(place if self.context.region != "us-east-1" else {}))
         services = ["sagemaker.amazonaws.com", "lambda.amazonaws.com"]
-        statement = {"Effect": "Allow", "Principal": {"Service": services}, "Action": "sts:AssumeRole"}
-        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-        iam = boto3.client("iam", **client)
-        role = iam.create_role(RoleName=ROLE, AssumeRolePolicyDocument=policy)
-        everything = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
-        iam.put_role_policy(RoleName=ROLE, PolicyName="everything", PolicyDocument=json.dumps(everything))
+        iam = boto3.client("iam", **keys)
+        role = iam.create_role(
+            RoleName=ROLE, AssumeRolePolicyDocument=_policy("sts:AssumeRole", Principal={"Service": services})
+        )
+        iam.put_role_policy(RoleName=ROLE, PolicyName="everything", PolicyDocument=_policy("*", Resource="*"))
         return str(role["Role"]["Arn"])
 
 
-def sweep(folder: Path) -> None:
-    """Remove what servers have left in `folder` that ended with the whole machine: a living one holds its lock."""
-    for left in folder.glob(f"{_PREFIX}*"):
-        if not (left / _LOCK).exists() or not os.access(left, os.W_OK):
+def remove_stale(folder: Path) -> None:
+    """Remove what emulators left in `folder` when the machine went down; a living one holds its lock."""
+    for stale in folder.glob(f"{_PREFIX}*"):
+        if not (stale / _LOCK).exists() or not os.access(stale, os.W_OK):
             continue
-        lock = FileLock(left / _LOCK)
-        if lock.try_acquire():
-            shutil.rmtree(left, ignore_errors=True)
-            lock.release()
-
-
-def _install(machine: Machine) -> None:
-    """Put this package's operations in the place of moto's, and the service model's limits before all of them."""
-    endpoints.install(machine)
-    invocations.install()
-    permissions.install()
-    ours = training_jobs.operations(machine) | endpoints.operations()
-    ours |= transform_jobs.operations(machine) | tuning_jobs.operations(machine)
-    inherited = set(dir(BaseResponse))
-    names = [name for name in vars(SageMakerResponse) if name not in inherited and not name.startswith("_")]
-    for name in {*names, *ours}:
-        method = ours.get(name) or getattr(SageMakerResponse, name)
-        if callable(method):
-            setattr(SageMakerResponse, name, _checked(name, method))
-    _answer_what_is_missing()
-
-
-def _answer_what_is_missing() -> None:
-    """An operation that neither moto nor this package has is answered with 501, which no client repeats."""
-    call = BaseResponse.call_action
-
-    def call_action(response: BaseResponse) -> TYPE_RESPONSE:
         try:
-            return call(response)
-        except NotImplementedError as error:
-            logging.getLogger(__name__).warning("%s: %s", response.service_name, error)
-            return 501, {"status": "501"}, ""
-
-    setattr(BaseResponse, call.__name__, call_action)
+            with FileLock(stale / _LOCK, blocking=False):
+                shutil.rmtree(stale, ignore_errors=True)
+        except Timeout:
+            continue
 
 
-def _checked(name: str, method: Callable[[SageMakerResponse], ActionResult]) -> Callable[..., ActionResult]:
-    def operation(response: SageMakerResponse) -> ActionResult:
-        action = response._get_action()
-        checks.check_request(action, response.params)
-        result = method(response)
-        return ActionResult(checks.without_hollow(action, result.result)) if isinstance(result.result, dict) else result
-
-    operation.__name__ = name
-    return operation
-
-
-def _bindable(port: int) -> int:
-    """The port, or a free one for 0.
-
-    Raises:
-        StocktakeError: it is in use, or not for everybody.
-    """
-    import socket
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise StocktakeError(f"--port {port} cannot be had: {error.strerror}; --port 0 takes a free one") from None
-        return int(probe.getsockname()[1])
+def _policy(action: str, **statement: Any) -> str:
+    return json.dumps({"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": action, **statement}]})

@@ -1,17 +1,19 @@
-"""S3 as jobs see it: what lies under a prefix into a folder, and a folder's files back; within the server's process."""
+"""S3 as jobs see it, within the server's process: what lies under a prefix into a folder, and files back."""
 
 from __future__ import annotations
 
-import gzip
 import io
-import json
+import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from moto.s3.models import FakeKey, S3Backend, s3_backends
 from moto.sagemaker.models import SageMakerModelBackend
+
+
+class UnsafePathError(Exception):
+    """A name from a key, an archive or a request that leads out of its folder."""
 
 
 class Storage:
@@ -21,10 +23,11 @@ class Storage:
         self._s3: S3Backend = s3_backends[backend.account_id][backend.partition]
 
     def has_bucket(self, uri: str) -> bool:
+        """Return True if the bucket of a URI exists."""
         return split_uri(uri)[0] in self._s3.buckets
 
     def keys(self, uri: str) -> list[str]:
-        """Of the objects whose key begins with the URI's, sorted; none if there is no such bucket."""
+        """Return the keys that begin with the URI's, sorted; empty if there is no such bucket."""
         bucket, prefix = split_uri(uri)
         if bucket not in self._s3.buckets:
             return []
@@ -35,64 +38,68 @@ class Storage:
         )
 
     def read(self, uri: str) -> bytes:
-        """An object.
+        """Return an object.
 
         Raises:
             FileNotFoundError: there is none.
         """
         bucket, key = split_uri(uri)
-        found = self._s3.get_object(bucket, key) if bucket in self._s3.buckets else None
-        if found is None:
+        value = self._s3.get_object(bucket, key) if bucket in self._s3.buckets else None
+        if value is None:
             raise FileNotFoundError(uri)
-        return found.value
+        return value.value
 
     def write(self, uri: str, content: bytes) -> None:
-        bucket, key = split_uri(uri)
-        self._s3.put_object(bucket, key, content)
+        """Put an object."""
+        self._s3.put_object(*split_uri(uri), content)
 
-    def objects(self, source: dict[str, Any]) -> list[tuple[str, str]]:
-        """Of an S3DataSource: URI of an object and the path that a job sees it under, sorted."""
-        uri = source["S3Uri"]
-        if source["S3DataType"] == "ManifestFile":
-            first, *names = json.loads(self.read(uri))
-            return [(first["prefix"] + name, name) for name in names]
+    def objects(self, uri: str) -> list[tuple[str, str]]:
+        """Return URI, and path as a job sees it, of every object under a prefix, sorted."""
         bucket, prefix = split_uri(uri)
         keys = [key for key in self.keys(uri) if not key.endswith("/")]
         return [(f"s3://{bucket}/{key}", relative_path(key, prefix)) for key in keys]
 
-    def download(self, objects: Iterable[tuple[str, str]], folder: Path, compressed: bool = False) -> None:
-        """Into files of a folder."""
+    def download(self, objects: Iterable[tuple[str, str]], folder: Path) -> None:
+        """Write objects, given as `objects` returns them, into files of a folder.
+
+        Raises:
+            FileNotFoundError: an object is gone.
+            UnsafePathError: a path leads out of the folder; nothing is written for it.
+        """
         for uri, name in objects:
+            path = path_inside(folder, name)
             content = self.read(uri)
-            if compressed:
-                content, name = gzip.decompress(content), name.removesuffix(".gz")
-            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
     def upload_archive(self, uri: str, folders: Sequence[Path]) -> None:
-        """The contents of the folders as one .tar.gz; of files with one name, the first folder's."""
+        """Put the contents of folders as one .tar.gz; of files with one name, the first folder's."""
         data = io.BytesIO()
-        seen: set[str] = set()
+        names: set[str] = set()
         with tarfile.open(fileobj=data, mode="w:gz", compresslevel=1) as archive:
             for folder in folders:
                 for path in sorted(folder.rglob("*")):
                     name = str(path.relative_to(folder))
-                    if name not in seen:
-                        seen.add(name)
+                    if name not in names:
+                        names.add(name)
                         archive.add(path, name, recursive=False)
         self.write(uri, data.getvalue())
 
     def unpack(self, uri: str, folder: Path) -> None:
-        """A .tar.gz into a folder.
+        """Extract the regular files and folders of a .tar.gz.
 
         Raises:
             FileNotFoundError: there is none.
             tarfile.TarError: it is no archive.
+            UnsafePathError: a member is a link or a device, or leads out of the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(fileobj=io.BytesIO(self.read(uri))) as archive:
-            archive.extractall(folder, filter="data")
+            for member in archive:
+                path_inside(folder, member.name)
+                if not (member.isfile() or member.isdir()):
+                    raise UnsafePathError(f"{member.name} is neither a file nor a folder")
+                archive.extract(member, folder, filter="data")
 
 
 class FolderMirror:
@@ -102,33 +109,46 @@ class FolderMirror:
         self._storage = storage
         self._folder = folder
         self._uri = uri.rstrip("/")
-        self._seen: dict[Path, tuple[int, int]] = {}
+        self._uploaded: dict[Path, tuple[int, int]] = {}
 
     def restore(self) -> None:
         """Fetch what is in S3; it counts as uploaded."""
-        objects = self._storage.objects({"S3Uri": f"{self._uri}/", "S3DataType": "S3Prefix"})
+        objects = self._storage.objects(f"{self._uri}/")
         self._storage.download(objects, self._folder)
-        self._seen = {path: _version(path) for path in self._folder.rglob("*") if path.is_file()}
+        self._uploaded = {path: _version(path) for path in self._folder.rglob("*") if path.is_file()}
 
     def upload(self) -> None:
+        """Put the files that changed since the last call."""
         for path in sorted(self._folder.rglob("*")):
             try:
                 version = _version(path)
-                if path.is_file() and self._seen.get(path) != version:
+                if path.is_file() and self._uploaded.get(path) != version:
                     self._storage.write(f"{self._uri}/{path.relative_to(self._folder)}", path.read_bytes())
-                    self._seen[path] = version
+                    self._uploaded[path] = version
             except FileNotFoundError:  # renamed by the job meanwhile
                 continue
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of s3://bucket/key."""
+    """Return bucket and key of s3://bucket/key."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
 
 
+def path_inside(folder: Path, name: str) -> Path:
+    """Return `folder / name`.
+
+    Raises:
+        UnsafePathError: it is absolute, or leads out of the folder.
+    """
+    path = Path(os.path.normpath(folder / name))
+    if not path.is_relative_to(folder):
+        raise UnsafePathError(f"{name} leads out of its folder")
+    return path
+
+
 def relative_path(key: str, prefix: str) -> str:
-    """Where a job sees an object: the key below the prefix's last folder, or its name if the prefix is the object."""
+    """Return where a job sees an object: its key below the prefix's last folder; its name if the prefix is its key."""
     if key == prefix:
         return key.rpartition("/")[2]
     folder = prefix if prefix.endswith("/") or not prefix else f"{prefix}/"

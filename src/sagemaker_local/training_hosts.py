@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sagemaker_local.container_init import MODEL_FOLDER
-from sagemaker_local.storage import FolderMirror, Storage
+from sagemaker_local.storage import FolderMirror, Storage, path_inside
 
 CHECKPOINTS = f"{MODEL_FOLDER}/checkpoints"
 """Where a job finds them, unless it asks for another folder."""
@@ -17,7 +17,7 @@ _FOLDERS = ("input/config", "input/data", "model", "output/data", "checkpoints",
 
 @dataclass(frozen=True)
 class Host:
-    """A machine of a job, before its container starts."""
+    """A machine of a training job, before its container starts."""
 
     name: str
     folder: Path
@@ -26,16 +26,17 @@ class Host:
 
     @property
     def failure(self) -> str:
-        """What the job wrote about its failure."""
+        """What the job wrote into output/failure."""
         path = self.folder / "output" / "failure"
         return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
 
-def lay_out_hosts(folder: Path, request: dict[str, Any], storage: Storage) -> list[Host]:
-    """Folders, configuration, channels and checkpoints of every host of a CreateTrainingJob request.
+def prepare_hosts(folder: Path, request: dict[str, Any], storage: Storage) -> list[Host]:
+    """Write folders, configuration, channels and checkpoints of every host of a CreateTrainingJob request.
 
     Raises:
         FileNotFoundError: an object of a channel is gone.
+        UnsafePathError: a key or a channel's name leads out of its folder.
     """
     resources = request["ResourceConfig"]
     names = [f"algo-{number}" for number in range(1, resources["InstanceCount"] + 1)]
@@ -48,20 +49,18 @@ def lay_out_hosts(folder: Path, request: dict[str, Any], storage: Storage) -> li
         configurations = {
             "hyperparameters": request.get("HyperParameters") or {},
             "resourceconfig": _resources(name, names, resources["InstanceType"]),
-            "inputdataconfig": {
-                one["ChannelName"]: _channel(one, request) for one in request.get("InputDataConfig", [])
-            },
+            "inputdataconfig": {channel["ChannelName"]: _channel(channel, request) for channel in channels},
         }
         for file, content in configurations.items():
             (root / "input" / "config" / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
         for channel in channels:
             source = channel["DataSource"]["S3DataSource"]
-            objects = storage.objects(source)
+            objects = storage.objects(source["S3Uri"])
             if source.get("S3DataDistributionType") == "ShardedByS3Key":
                 objects = objects[index :: len(names)]
-            into = root / "input" / "data" / channel["ChannelName"]
+            into = path_inside(root / "input" / "data", channel["ChannelName"])
             into.mkdir(parents=True, exist_ok=True)
-            storage.download(objects, into, channel.get("CompressionType") == "Gzip")
+            storage.download(objects, into)
         hosts.append(Host(name, root, _checkpoints(root, request.get("CheckpointConfig"), storage)))
     return hosts
 
@@ -91,7 +90,7 @@ def _channel(channel: dict[str, Any], request: dict[str, Any]) -> dict[str, str]
 def _checkpoints(root: Path, config: dict[str, str] | None, storage: Storage) -> FolderMirror | None:
     if config is None:
         return None
-    folder = root / Path(config.get("LocalPath") or CHECKPOINTS).relative_to(MODEL_FOLDER)
+    folder = path_inside(root, str(Path(config.get("LocalPath") or CHECKPOINTS).relative_to(MODEL_FOLDER)))
     folder.mkdir(parents=True, exist_ok=True)
     mirror = FolderMirror(storage, folder, config["S3Uri"])
     mirror.restore()

@@ -5,31 +5,39 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import threading
 import time
-from collections.abc import Callable
 from enum import Enum
-from typing import Any, cast
+from functools import partial
+from typing import Any, ClassVar, cast
 
-from moto.core.responses import ActionResult, EmptyResult
 from moto.core.utils import utcnow
-from moto.sagemaker.exceptions import ResourceNotFound, ValidationError
+from moto.sagemaker.exceptions import ValidationError
 from moto.sagemaker.models import FakeTrainingJob, SageMakerModelBackend
-from moto.sagemaker.responses import SageMakerResponse
 
-from sagemaker_local import checks
+from sagemaker_local.cloudwatch import JobMetrics, LogStream
 from sagemaker_local.container_init import MODEL_FOLDER
-from sagemaker_local.containers import Container, Machine, stop
-from sagemaker_local.listings import page
+from sagemaker_local.containers import Container, start_all, stop
+from sagemaker_local.context import EmulatorContext
+from sagemaker_local.jobs import (
+    Job,
+    JobError,
+    Operations,
+    check_bucket,
+    check_new,
+    check_role,
+    check_source,
+    job_operations,
+)
 from sagemaker_local.permissions import role_variables
-from sagemaker_local.records import JobMetrics, LogStream
+from sagemaker_local.service_model import require
 from sagemaker_local.spot import Spot
-from sagemaker_local.storage import Storage
-from sagemaker_local.training_hosts import Host, lay_out_hosts
+from sagemaker_local.storage import Storage, UnsafePathError
+from sagemaker_local.training_hosts import Host, prepare_hosts
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 _SYNC_SECONDS = 1.0
-"""Between two looks at the checkpoints."""
+"""Between two uploads of checkpoints."""
+_DEFAULT_RUNTIME = 86400
 _MESSAGES = {
     "Starting": "Preparing the instances for training",
     "Downloading": "Downloading input data",
@@ -43,154 +51,119 @@ _MESSAGES = {
     "MaxRuntimeExceeded": "Training job runtime exceeded MaxRuntimeInSeconds provided",
     "MaxWaitTimeExceeded": "Training job wait time exceeded MaxWaitTimeInSeconds provided",
 }
-# fmt: off
-_REQUEST_PARTS = (
-    "TrainingJobName", "HyperParameters", "AlgorithmSpecification", "RoleArn", "InputDataConfig",
-    "OutputDataConfig", "ResourceConfig", "VpcConfig", "StoppingCondition", "EnableNetworkIsolation",
-    "EnableInterContainerTrafficEncryption", "RetryStrategy", "EnableManagedSpotTraining", "CheckpointConfig",
-    "DebugHookConfig", "ExperimentConfig", "Environment", "TensorBoardOutputConfig", "ProfilerConfig",
-    "RemoteDebugConfig", "MlflowConfig",
-)
-# fmt: on
 
 
 class Ending(Enum):
-    """Why a job's containers have ended."""
+    """Why a job's containers have ended; the value is the job's secondary status."""
 
-    BY_THEMSELVES = "they ended"
+    BY_THEMSELVES = "Completed"
     STOPPED = "Stopped"
     OVER_RUNTIME = "MaxRuntimeExceeded"
     OVER_WAIT = "MaxWaitTimeExceeded"
     INTERRUPTED = "Interrupted"
 
 
-class TrainingJob:
-    """One job: what is told about it, and the thread that runs it."""
+class TrainingJob(Job):
+    """One training job, alone or of a tuning job."""
 
-    def __init__(self, machine: Machine, backend: SageMakerModelBackend, request: dict[str, Any]) -> None:
-        self.name: str = request["TrainingJobName"]
-        self.arn = FakeTrainingJob.arn_formatter(self.name, backend.account_id, backend.region_name)
-        self.tags: list[dict[str, str]] = request.get("Tags") or []
+    KIND: ClassVar[str] = "TrainingJob"
+    ARN_KIND: ClassVar[str] = "training-job"
+
+    def __init__(self, context: EmulatorContext, backend: SageMakerModelBackend, request: dict[str, Any]) -> None:
+        super().__init__(context, backend, request)
         self.metrics = JobMetrics(backend, self.name, request["AlgorithmSpecification"].get("MetricDefinitions", []))
-        self.on_end: Callable[[], None] = lambda: None
-        self._machine, self._backend, self._request = machine, backend, request
-        self._storage = Storage(backend)
-        self._number = machine.new_number()
-        self._folder = machine.folder / str(self._number)
-        self._guard = threading.RLock()
-        self._woken = threading.Event()
-        self._stopping = threading.Event()
+        self._number = context.next_number()
+        self._folder = context.folder / str(self._number)
         self._spot = Spot(request)
         self._trained = 0.0
         """Seconds in containers, over all attempts."""
-        now = utcnow()
-        output = request["OutputDataConfig"]["S3OutputPath"].rstrip("/")
-        self._output = f"{output}/{self.name}/output"
-        self.facts: dict[str, Any] = {part: request[part] for part in _REQUEST_PARTS if request.get(part) is not None}
-        self.facts |= {
-            "TrainingJobArn": self.arn,
-            "TrainingJobStatus": "InProgress",
-            "SecondaryStatus": "Starting",
+        self._output = f"{request['OutputDataConfig']['S3OutputPath'].rstrip('/')}/{self.name}/output"
+        self._last_secondary = ""
+        self.description |= {
             "ModelArtifacts": {"S3ModelArtifacts": f"{self._output}/model.tar.gz"},
-            "CreationTime": now,
-            "LastModifiedTime": now,
             "SecondaryStatusTransitions": [],
         }
         self._enter("Starting")
 
-    @property
-    def has_ended(self) -> bool:
-        return "TrainingEndTime" in self.facts
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name=self.name, daemon=True).start()
-
     def stop(self) -> None:
         """Ask it to end: SIGTERM, then SIGKILL. Its artifacts are uploaded all the same."""
         with self._guard:
-            if self.facts["TrainingJobStatus"] == "InProgress":
-                self._stopping.set()
-                self.facts["TrainingJobStatus"] = "Stopping"
+            if self.status == "InProgress":
                 self._enter("Stopping")
-        self._woken.set()
+            super().stop()
 
     def describe(self) -> dict[str, Any]:
-        """As DescribeTrainingJob answers."""
+        """Return DescribeTrainingJob's answer."""
         with self._guard:
-            transitions = [dict(one) for one in self.facts["SecondaryStatusTransitions"]]
-            return self.facts | {
+            transitions = [dict(transition) for transition in self.description["SecondaryStatusTransitions"]]
+            return self.description | {
                 "SecondaryStatusTransitions": transitions,
                 "FinalMetricDataList": list(self.metrics.final.values()),
             }
 
-    def _enter(self, status: str, message: str | None = None) -> None:
+    def run(self) -> str:
+        """Run attempts until one ends otherwise than by an interruption."""
+        try:
+            ending = self._attempts()
+        except (FileNotFoundError, UnsafePathError) as error:
+            raise JobError(f"ClientError: Data download failed: {error}") from None
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._last_secondary = ending.value
+        return "Completed" if ending is Ending.BY_THEMSELVES else "Stopped"
+
+    def finish(self, status: str, reason: str) -> None:
+        """Write the end, the last transition and the seconds into the description."""
+        self._enter(self._last_secondary or status, reason)
+        now = utcnow()
+        self.description["SecondaryStatusTransitions"][-1]["EndTime"] = now
+        began = self.description.setdefault("TrainingStartTime", now)
+        seconds = max(1, math.ceil((now - began).total_seconds()))
+        billed = max(1, math.ceil(self._spot.billed(min(seconds, self._trained + 1))))
+        self.description |= {"TrainingTimeInSeconds": seconds, "BillableTimeInSeconds": billed}
+        super().finish(status, reason)
+
+    def _enter(self, secondary: str, message: str = "") -> None:
+        """Go over to a secondary status, unless the job is stopping and the status is one of a running job."""
         now = utcnow()
         with self._guard:
-            transitions = self.facts["SecondaryStatusTransitions"]
+            if self._stopping.is_set() and secondary in ("Starting", "Downloading", "Training"):
+                return
+            transitions = self.description["SecondaryStatusTransitions"]
             if transitions:
                 transitions[-1]["EndTime"] = now
-            transitions.append(
-                {"Status": status, "StartTime": now, "StatusMessage": message or _MESSAGES.get(status, "")}
-            )
-            self.facts |= {"SecondaryStatus": status, "LastModifiedTime": now}
+            message = message or _MESSAGES[secondary]
+            transitions.append({"Status": secondary, "StartTime": now, "StatusMessage": message})
+            self.description |= {"SecondaryStatus": secondary, "LastModifiedTime": now}
 
-    def _run(self) -> None:
-        try:
-            status, secondary, reason = self._attempts()
-        except FileNotFoundError as error:
-            status, secondary, reason = "Failed", "Failed", f"ClientError: Data download failed: {error}"
-        except Exception as error:  # whatever it is must end the job: it would be in progress for ever
-            status, secondary, reason = "Failed", "Failed", f"InternalServerError: {type(error).__name__}: {error}"
-        shutil.rmtree(self._folder, ignore_errors=True)
-        with self._guard:
-            self._enter(secondary, reason or None)
-            now = utcnow()
-            self.facts["SecondaryStatusTransitions"][-1]["EndTime"] = now
-            began = self.facts.setdefault("TrainingStartTime", now)
-            seconds = max(1, math.ceil((now - began).total_seconds()))
-            self.facts |= {
-                "TrainingTimeInSeconds": seconds,
-                "BillableTimeInSeconds": max(1, math.ceil(self._spot.billed(min(seconds, self._trained + 1)))),
-                "TrainingEndTime": now,
-            }
-            if reason and status == "Failed":
-                self.facts["FailureReason"] = reason[:1024]
-            self.facts["TrainingJobStatus"] = status
-        self.on_end()
-
-    def _attempts(self) -> tuple[str, str, str]:
-        """Run until it ends otherwise than by an interruption: its status, secondary status and failure reason."""
+    def _attempts(self) -> Ending:
         began = time.monotonic()
         while True:
-            if (given_up := self._wait_for_capacity(began)) is not None:
-                return "Stopped", given_up.value, ""
-            self._enter_unless_stopping("Downloading")
-            self.facts.setdefault("TrainingStartTime", utcnow())
-            hosts = lay_out_hosts(self._folder, self._request, self._storage)
+            if (ending := self._wait_for_capacity(began)) is not None:
+                return ending
+            self._enter("Downloading")
+            self.description.setdefault("TrainingStartTime", utcnow())
+            hosts = prepare_hosts(self._folder, self._request, self._storage)
             ending, codes = self._train(hosts, began)
-            for host in hosts:
-                if host.checkpoints is not None:
-                    host.checkpoints.upload()
+            _upload_checkpoints(hosts)
             if ending is not Ending.INTERRUPTED:
                 break
             self._enter("Interrupted")
             shutil.rmtree(self._folder)  # a new instance has nothing of the old one but what is in S3
-            self._enter_unless_stopping("Starting")
+            self._enter("Starting")
         self._enter("Uploading")
         self._storage.upload_archive(f"{self._output}/model.tar.gz", [host.folder / "model" for host in hosts])
         results = [host.folder / "output" / "data" for host in hosts]
         if any(any(folder.iterdir()) for folder in results):
             self._storage.upload_archive(f"{self._output}/output.tar.gz", results)
-        if ending is not Ending.BY_THEMSELVES:
-            return "Stopped", ending.value, ""
-        if not any(codes):
-            return "Completed", "Completed", ""
-        code = next(code for code in codes if code)
-        written = next((host.failure for host in hosts if host.failure), "")
-        return "Failed", "Failed", f"AlgorithmError: {written}, exit code: {code}"
+        if ending is Ending.BY_THEMSELVES and any(codes):
+            code = next(code for code in codes if code)
+            failure = next((host.failure for host in hosts if host.failure), "")
+            raise JobError(f"AlgorithmError: {failure}, exit code: {code}")
+        return ending
 
     def _wait_for_capacity(self, began: float) -> Ending | None:
-        """Until there are machines: None, or why that is not waited for any more."""
+        """Wait until there are machines; return why that is given up, if it is."""
         until = time.monotonic() + self._spot.capacity_seconds
         while (now := time.monotonic()) < until:
             if self._stopping.is_set():
@@ -206,28 +179,21 @@ class TrainingJob:
         """Seconds from its beginning to its end, at most."""
         return float(self._request["StoppingCondition"].get("MaxWaitTimeInSeconds", math.inf))
 
-    def _enter_unless_stopping(self, status: str) -> None:
-        with self._guard:
-            if not self._stopping.is_set():
-                self._enter(status)
-
     def _train(self, hosts: list[Host], began: float) -> tuple[Ending, list[int]]:
-        """Run the containers until all have ended: why, and the codes of those that failed first."""
-        longest = self._request["StoppingCondition"].get("MaxRuntimeInSeconds", 86400) - self._trained
-        if not self._machine.confined and len(hosts) > 1:
-            raise ValidationError(message="several hosts need private mount namespaces, which this machine forbids")
+        """Run the containers until all have ended; return why, and the exit codes of those that ended first."""
+        longest = self._request["StoppingCondition"].get("MaxRuntimeInSeconds", _DEFAULT_RUNTIME) - self._trained
+        if not self._context.has_namespaces and len(hosts) > 1:
+            raise JobError("several hosts need private mount namespaces, which this machine forbids")
         if self._stopping.is_set():
             return Ending.STOPPED, []
-        self._enter_unless_stopping("Training")
+        self._enter("Training")
         started = time.monotonic()
-        containers = [self._start(host, hosts) for host in hosts]
+        containers = start_all([partial(self._start, host, hosts) for host in hosts], self._context.grace)
         try:
             while True:
                 self._woken.wait(_SYNC_SECONDS)
                 self._woken.clear()
-                for host in hosts:
-                    if host.checkpoints is not None:
-                        host.checkpoints.upload()
+                _upload_checkpoints(hosts)
                 codes = [container.exit_code for container in containers]
                 ran = time.monotonic() - started
                 if any(codes) or None not in codes:
@@ -241,7 +207,7 @@ class TrainingJob:
                 if self._spot.takes_back(ran):
                     return Ending.INTERRUPTED, []
         finally:
-            stop(containers, self._machine.grace)
+            stop(containers, self._context.grace)
             self._trained += time.monotonic() - started
 
     def _start(self, host: Host, hosts: list[Host]) -> Container:
@@ -249,12 +215,11 @@ class TrainingJob:
         # As docker: an entry point replaces the image's, and `train` is what SageMaker adds to the image's own.
         command = [*specification.get("ContainerEntrypoint", []), *specification.get("ContainerArguments", [])]
         if not specification.get("ContainerEntrypoint"):
-            image = specification.get("TrainingImage", "")
-            command = [*self._machine.entry_point(image), *(command or ["train"])]
+            command = [*self._context.entry_point(specification["TrainingImage"]), *(command or ["train"])]
         stream = LogStream(self._backend, LOG_GROUP, f"{self.name}/{host.name}-{time.time_ns() // 1_000_000}")
-        isolated = self._request.get("EnableNetworkIsolation", False)
-        environment = self._machine.environment(host.folder.parent, isolated)
-        environment |= {} if isolated else role_variables(self._backend, self._request["RoleArn"])
+        is_isolated = self._request.get("EnableNetworkIsolation", False)
+        role = {} if is_isolated else role_variables(self._backend, self._request["RoleArn"])
+        environment = self._context.container_environment(host.folder.parent, role)
         environment |= (self._request.get("Environment") or {}) | {
             "TRAINING_JOB_NAME": self.name,
             "TRAINING_JOB_ARN": self.arn,
@@ -267,86 +232,70 @@ class TrainingJob:
                 self._woken.set()
 
         high, low = divmod(self._number, 250)
-        addresses = {one.name: f"127.{high + 1}.{low}.{index}" for index, one in enumerate(hosts, 1)}
+        addresses = {each.name: f"127.{high + 1}.{low}.{index}" for index, each in enumerate(hosts, 1)}
         return Container(
-            self._machine, command, host.folder, environment, on_line, self._woken.set, addresses=addresses
+            self._context, command, host.folder, environment, on_line, self._woken.set, addresses=addresses
         )
 
 
-def create_job(machine: Machine, backend: SageMakerModelBackend, request: dict[str, Any]) -> TrainingJob:
+def create_job(context: EmulatorContext, backend: SageMakerModelBackend, request: dict[str, Any]) -> TrainingJob:
     """Check a request as CreateTrainingJob does, and make the job, which is still to be started.
 
     Raises:
         ValidationError, ResourceInUseException: AWS would refuse it.
     """
-    name, jobs = request["TrainingJobName"], backend.training_jobs
-    arn = FakeTrainingJob.arn_formatter(name, backend.account_id, backend.region_name)
-    checks.check_new("Training job", name, cast("dict[str, Any]", jobs), arn)
-    check_job(backend, request)
+    check_new("Training job", request["TrainingJobName"], backend.training_jobs)
+    check_request(backend, request)
     try:
-        job = TrainingJob(machine, backend, request)
+        job = TrainingJob(context, backend, request)
     except re.error as error:
         raise ValidationError(message=f"Invalid metric definition regular expression: {error}") from None
-    jobs[name] = cast("FakeTrainingJob", job)
+    backend.training_jobs[job.name] = cast("FakeTrainingJob", job)
     return job
 
 
-def check_job(backend: SageMakerModelBackend, request: dict[str, Any]) -> None:
-    """What a training job needs, whether it is asked for alone or by a tuning job.
+def check_request(backend: SageMakerModelBackend, request: dict[str, Any]) -> None:
+    """Check what a training job needs, whether it is asked for alone or by a tuning job.
 
     Raises:
         ValidationError: AWS would refuse it.
     """
-    checks.require(request, "AlgorithmSpecification", "ResourceConfig.InstanceType", "ResourceConfig.InstanceCount")
-    checks.require(request, "ResourceConfig.VolumeSizeInGB", "StoppingCondition", "OutputDataConfig.S3OutputPath")
-    specification = request["AlgorithmSpecification"]
-    if ("TrainingImage" in specification) == ("AlgorithmName" in specification):
-        raise ValidationError(message="You must specify either TrainingImage or AlgorithmName, and not both.")
-    checks.check_role(backend, request["RoleArn"])
-    checks.check_stopping(request["StoppingCondition"], request.get("EnableManagedSpotTraining", False))
+    require(request, "AlgorithmSpecification.TrainingImage", "ResourceConfig.InstanceType")
+    require(request, "ResourceConfig.InstanceCount", "ResourceConfig.VolumeSizeInGB")
+    require(request, "StoppingCondition", "OutputDataConfig.S3OutputPath")
+    check_role(backend, request["RoleArn"])
+    condition, is_spot = request["StoppingCondition"], request.get("EnableManagedSpotTraining", False)
+    longest, wait = condition.get("MaxRuntimeInSeconds", _DEFAULT_RUNTIME), condition.get("MaxWaitTimeInSeconds")
+    if is_spot and (wait is None or wait < longest):
+        raise ValidationError(
+            message="Invalid MaxWaitTimeInSeconds. It must be present and be greater than or equal to "
+            "MaxRuntimeInSeconds"
+        )
+    if not is_spot and wait is not None:
+        raise ValidationError(
+            message="MaxWaitTimeInSeconds above 0 is not supported when EnableManagedSpotTraining is not enabled"
+        )
     storage = Storage(backend)
-    checks.check_bucket(storage, request["OutputDataConfig"]["S3OutputPath"])
-    checks.check_channels(backend, storage, request.get("InputDataConfig", []))
-    local = (request.get("CheckpointConfig") or {}).get("LocalPath")
-    if local is not None and not f"{local}/".startswith(f"{MODEL_FOLDER}/"):
+    check_bucket(storage, request["OutputDataConfig"]["S3OutputPath"])
+    names: set[str] = set()
+    for channel in request.get("InputDataConfig", []):
+        name = channel["ChannelName"]
+        if name in names or name in (".", ".."):
+            raise ValidationError(message=f"Channel names must be unique names of folders; {name} is not.")
+        names.add(name)
+        require(channel, "DataSource.S3DataSource")
+        check_source(storage, channel["DataSource"]["S3DataSource"]["S3Uri"], backend.region_name)
+    local = (request.get("CheckpointConfig") or {}).get("LocalPath", MODEL_FOLDER)
+    if not f"{local}/".startswith(f"{MODEL_FOLDER}/") or ".." in local.split("/"):
         raise ValidationError(message=f"CheckpointConfig.LocalPath {local} must lie in {MODEL_FOLDER}")
 
 
-def find_job(backend: SageMakerModelBackend, name: str) -> TrainingJob:
-    """Raises ResourceNotFound."""
-    job = backend.training_jobs.get(name)
-    if job is None:
-        raise ResourceNotFound(message="Requested resource not found.")
-    return cast("TrainingJob", job)
+def operations(context: EmulatorContext) -> Operations:
+    """Return this module's operations of SageMaker's API."""
+    return job_operations(TrainingJob, partial(create_job, context))[0]
 
 
-def operations(machine: Machine) -> dict[str, Callable[[SageMakerResponse], ActionResult]]:
-    """Of SageMaker's API, by moto's names for them."""
-
-    def create_training_job(response: SageMakerResponse) -> ActionResult:
-        job = create_job(machine, response.sagemaker_backend, response.params)
-        job.start()
-        return ActionResult({"TrainingJobArn": job.arn})
-
-    def describe_training_job(response: SageMakerResponse) -> ActionResult:
-        return ActionResult(find_job(response.sagemaker_backend, response.params["TrainingJobName"]).describe())
-
-    def stop_training_job(response: SageMakerResponse) -> ActionResult:
-        job = find_job(response.sagemaker_backend, response.params["TrainingJobName"])
-        if job.has_ended:
-            raise ValidationError(
-                message="The request was rejected because the training job is in status "
-                f"{job.facts['TrainingJobStatus']}."
-            )
-        job.stop()
-        return EmptyResult()
-
-    def list_training_jobs(response: SageMakerResponse) -> ActionResult:
-        jobs = cast("dict[str, TrainingJob]", response.sagemaker_backend.training_jobs)
-        rows = [job.describe() for job in list(jobs.values())]
-        return ActionResult(page(rows, response.params, "TrainingJobSummaries", "TrainingJob"))
-
-    return {
-        function.__name__: function
-        for function in (create_training_job, describe_training_job, stop_training_job, list_training_jobs)
-    }
+def _upload_checkpoints(hosts: list[Host]) -> None:
+    for host in hosts:
+        if host.checkpoints is not None:
+            host.checkpoints.upload()

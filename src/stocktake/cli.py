@@ -20,7 +20,7 @@ from stocktake.config.parser import ALIASES, examples, parse_arguments, summary
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
 
-_EXTRAS = {**dict.fromkeys(("boto3", "botocore", "obstore", "sagemaker", "webdataset"), "aws"), "moto": "rehearsal"}
+_EXTRAS = dict.fromkeys(("boto3", "botocore", "obstore", "sagemaker", "webdataset"), "aws")
 """What brings a library that may be missing; the others come with serving and training."""
 
 
@@ -57,7 +57,6 @@ COMMANDS = {
     "serve": Command(config.ServeConfig, "serve:serve"),
     "deploy": Command(config.DeployConfig, "deploy:deploy"),
     "predict": Command(config.PredictConfig, "predict:predict"),
-    "rehearse": Command(config.RehearseConfig, "rehearse:rehearse"),
     "sync": Command(config.SyncConfig, "sync:sync"),
     "jobs": Command(config.JobsConfig, "jobs:jobs"),
     "job": Command(config.JobConfig, "job:job"),

@@ -23,7 +23,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from rehearsal_process import RehearsalProcess, eventually
+from emulated_aws import EmulatedAws, eventually
 from stocktake.aws.connection import Aws
 from stocktake.aws.jobs import Job
 from stocktake.aws.results import collect_results
@@ -83,7 +83,7 @@ class Proxy:
 class Site:
     """The local AWS, a tracking server, an experiment in it, a root in S3, and a folder to work in."""
 
-    rehearsal: RehearsalProcess
+    emulator: EmulatedAws
     port: int
     experiment: str
     root: str
@@ -99,7 +99,7 @@ class Site:
         return mlflow.MlflowClient(self.uri, self.uri)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        given = {"role": self.role, "bucket": f"s3://{self.rehearsal.bucket}/stocktake", "image": "image:1"}
+        given = {"role": self.role, "bucket": f"s3://{self.emulator.bucket}/stocktake", "image": "image:1"}
         return {**given, "max_run_seconds": 600, "prices": str(PROJECT / "deploy" / "prices.yaml"), **changes}
 
     def parameters(self, **changes: str) -> dict[str, str]:
@@ -128,11 +128,11 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(
-    rehearsal: RehearsalProcess, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+    emulator: EmulatedAws, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     for path in [*tiny_root.glob("bin-images/*"), *tiny_root.glob("metadata/*")]:
-        rehearsal.put(f"tiny/{path.relative_to(tiny_root)}", path.read_bytes())
+        emulator.put(f"tiny/{path.relative_to(tiny_root)}", path.read_bytes())
     server = TrackingServer(folder / "server", lay_out_store(tmp_path_factory))
     with pytest.MonkeyPatch.context() as patch, server:
         for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
@@ -143,8 +143,8 @@ def site(
         patch.chdir(folder)
         before = mlflow.get_tracking_uri()
         experiment = mlflow.MlflowClient(server.uri).create_experiment("jobs")
-        root = f"s3://{rehearsal.bucket}/tiny"
-        yield Site(rehearsal, server.port, experiment, root, folder / "workspace", rights.role)
+        root = f"s3://{emulator.bucket}/tiny"
+        yield Site(emulator, server.port, experiment, root, folder / "workspace", rights.role)
         mlflow.set_tracking_uri(before)
 
 
@@ -190,14 +190,14 @@ def test_a_job_logs_into_the_run_that_mlflow_opened(site: Site, plain: tuple[Run
 
 def test_the_run_says_what_its_job_was(site: Site, plain: tuple[Run, str], capsys: pytest.CaptureFixture[str]) -> None:
     tags = plain[0].data.tags
-    job = site.rehearsal.job(tags["job.name"])
+    job = site.emulator.job(tags["job.name"])
     assert tags["job.arn"] == job["TrainingJobArn"]
     assert tags["job.state"] == "Completed"
     assert tags["job.instance"] == "1 x ml.m5.xlarge"
     assert int(tags["job.billed_seconds"]) == job["BillableTimeInSeconds"]
     assert tags["job.cost"].startswith("$")
     assert tags["job.name"] in tags["job.logs"]
-    assert {"Key": "team", "Value": "counting"} in site.rehearsal.client("sagemaker").list_tags(
+    assert {"Key": "team", "Value": "counting"} in site.emulator.client("sagemaker").list_tags(
         ResourceArn=job["TrainingJobArn"]
     )["Tags"]
     jobs(JobsConfig(prices=str(PROJECT / "deploy" / "prices.yaml")))
@@ -220,9 +220,9 @@ def test_an_interrupted_spot_job_that_loses_its_tracking_ends_with_the_same_figu
     site: Site, plain: tuple[Run, str]
 ) -> None:
     proxy = Proxy(site.port, until=b'"val/macro_f1"')  # the first figures of an epoch
-    environment = {"REHEARSAL_INTERRUPT_AFTER": "epoch=2 "}
+    environment = {"SAGEMAKER_LOCAL_INTERRUPT_AFTER": "epoch=2 "}
     run = site.submit(settings=site.settings(spot=True, tracking_uri=proxy.uri, environment=environment))
-    job, log = site.rehearsal.job(run.data.tags["job.name"]), site.rehearsal.log(run.data.tags["job.name"])
+    job, log = site.emulator.job(run.data.tags["job.name"]), site.emulator.log(run.data.tags["job.name"])
     assert "Interrupted" in [one["Status"] for one in job["SecondaryStatusTransitions"]]
     assert any("going on with finetune-" in line for line in log)
     assert proxy.is_cut.is_set()
@@ -259,7 +259,7 @@ def test_a_stopped_job_is_killed_and_keeps_what_it_has(site: Site) -> None:
     run = site.submit(settings=settings, epochs="100000", **{"training.patience": "100000"})
     assert run.info.status == "RUNNING"
     name = run.data.tags["job.name"]
-    eventually(lambda: any("epoch=1 " in line for line in site.rehearsal.log(name)))
+    eventually(lambda: any("epoch=1 " in line for line in site.emulator.log(name)))
     jobs(JobsConfig(stop=name, workspace=str(site.folder)))
     run = site.client.get_run(run.info.run_id)
     assert run.info.status == "KILLED"
@@ -288,7 +288,7 @@ def test_a_job_that_was_killed_outright_comes_home_from_its_checkpoints(site: Si
     for path in folder.path.rglob("*"):
         if path.is_file():
             inside = path.relative_to(tmp_path / "there")
-            site.rehearsal.put(f"checkpoints/lost/runs/{inside}", path.read_bytes())
+            site.emulator.put(f"checkpoints/lost/runs/{inside}", path.read_bytes())
     now = datetime.datetime.now(datetime.UTC)
     description = {
         "TrainingJobName": "stocktake-lost",
@@ -298,8 +298,8 @@ def test_a_job_that_was_killed_outright_comes_home_from_its_checkpoints(site: Si
         "ResourceConfig": {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1},
         "Environment": {"MLFLOW_RUN_ID": run_id},
         "CreationTime": now,
-        "OutputDataConfig": {"S3OutputPath": f"s3://{site.rehearsal.bucket}/nothing"},
-        "CheckpointConfig": {"S3Uri": f"s3://{site.rehearsal.bucket}/checkpoints/lost"},
+        "OutputDataConfig": {"S3OutputPath": f"s3://{site.emulator.bucket}/nothing"},
+        "CheckpointConfig": {"S3Uri": f"s3://{site.emulator.bucket}/checkpoints/lost"},
     }
     arrival = collect_results(Aws(), Job(description), tmp_path / "here", TrackingConfig(uri=site.uri), None, print)
     assert [path.name for path in arrival.folders] == [folder.path.name]

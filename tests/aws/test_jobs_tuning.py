@@ -19,7 +19,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from rehearsal_process import RehearsalProcess, eventually
+from emulated_aws import EmulatedAws, eventually
 from stocktake.aws.connection import Aws
 from stocktake.aws.tuning_jobs import stop_search
 from stocktake.aws.tuning_watch import follow_search
@@ -106,7 +106,7 @@ class Throttle:
 class Site:
     """The local AWS, a store, an experiment in it, a root in S3, and a folder to work in."""
 
-    rehearsal: RehearsalProcess
+    emulator: EmulatedAws
     uri: str
     experiment: str
     root: str
@@ -118,7 +118,7 @@ class Site:
         return mlflow.MlflowClient(self.uri, self.uri)
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        given = {"role": self.role, "bucket": f"s3://{self.rehearsal.bucket}/stocktake/tuning", "prices": PRICES}
+        given = {"role": self.role, "bucket": f"s3://{self.emulator.bucket}/stocktake/tuning", "prices": PRICES}
         return {**given, "image": "somewhere/stocktake-training:latest", "max_run_seconds": 600, **changes}
 
     def submit(self, space: dict[str, Any], settings: dict[str, Any] | None = None, **parameters: str) -> Run:
@@ -148,12 +148,12 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(
-    rehearsal: RehearsalProcess, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+    emulator: EmulatedAws, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("tuning")
     (folder / "workspace").mkdir()
     for path in [*tiny_root.glob("bin-images/*"), *tiny_root.glob("metadata/*")]:
-        rehearsal.put(f"tiny-tuning/{path.relative_to(tiny_root)}", path.read_bytes())
+        emulator.put(f"tiny-tuning/{path.relative_to(tiny_root)}", path.read_bytes())
     (folder / "mlflow.db").write_bytes(lay_out_store(tmp_path_factory).read_bytes())
     uri = f"sqlite:///{folder}/mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
@@ -165,8 +165,8 @@ def site(
         patch.chdir(folder)
         before = mlflow.get_tracking_uri()
         experiment = mlflow.MlflowClient(uri, uri).create_experiment("tuning", artifact_location=str(folder / "stored"))
-        root = f"s3://{rehearsal.bucket}/tiny-tuning"
-        yield Site(rehearsal, uri, experiment, root, folder / "workspace", rights.role)
+        root = f"s3://{emulator.bucket}/tiny-tuning"
+        yield Site(emulator, uri, experiment, root, folder / "workspace", rights.role)
         mlflow.set_tracking_uri(before)
 
 
@@ -176,7 +176,7 @@ def searched(site: Site) -> Run:
     run = site.submit(SPACE, site.settings(**{"async": True}), trials="3", seed="9")  # a bad choice, then good ones
     assert run.info.status == "RUNNING"
     assert site.children(run) == []
-    throttle = Throttle(site.rehearsal.endpoint, times=2)
+    throttle = Throttle(site.emulator.endpoint, times=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", throttle.endpoint)
         jobs(JobsConfig(follow=run.data.tags["job.name"], workspace=str(site.folder), prices=PRICES))
@@ -199,7 +199,7 @@ def test_every_trial_is_a_child_run(site: Site, searched: Run) -> None:
         assert low <= float(params["lr"]) <= high, "the rate of its own optimizer"
         assert (tags["stage"], tags["trial.stage"], tags["data.root"]) == ("trial", "finetune", site.root)
         assert params["root"] == site.root
-        job = site.rehearsal.job(tags["job.name"])
+        job = site.emulator.job(tags["job.name"])
         assert int(tags["job.billed_seconds"]) == job["BillableTimeInSeconds"]
         assert tags["job.name"] in tags["job.logs"]
         assert not [name for name in child.data.metrics if name.startswith("test/")], "no trial sees the test split"
@@ -273,7 +273,7 @@ def test_a_search_begins_with_an_earlier_one(site: Site, searched: Run) -> None:
     run = site.submit(space, site.settings(warm_start=[earlier], warm_start_type="TransferLearning"), **changes)
     assert run.info.status == "FINISHED"
     assert run.data.tags["job.strategy"] == "Bayesian"
-    job = site.rehearsal.client("sagemaker").describe_hyper_parameter_tuning_job(
+    job = site.emulator.client("sagemaker").describe_hyper_parameter_tuning_job(
         HyperParameterTuningJobName=run.data.tags["job.name"]
     )
     assert job["WarmStartConfig"]["WarmStartType"] == "TransferLearning"
@@ -294,11 +294,11 @@ def test_trials_that_are_ended_keep_what_they_have(site: Site) -> None:
         )
     )
     watcher.start()
-    eventually(lambda: any("epoch=1 " in line for line in site.rehearsal.log(f"{name}-001-")))
+    eventually(lambda: any("epoch=1 " in line for line in site.emulator.log(f"{name}-001-")))
     first = site.children(run)[0]
     assert first.info.status == "RUNNING"
     # As SageMaker ends a trial that has fallen behind
-    site.rehearsal.client("sagemaker").stop_training_job(TrainingJobName=first.data.tags["job.name"])
+    site.emulator.client("sagemaker").stop_training_job(TrainingJobName=first.data.tags["job.name"])
     eventually(lambda: site.children(run)[0].info.status == "KILLED")
     stop_search(Aws(), name)
     watcher.join(120)

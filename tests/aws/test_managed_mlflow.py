@@ -16,7 +16,7 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from rehearsal_process import RehearsalProcess
+from emulated_aws import EmulatedAws
 from stocktake.commands.majority import majority
 from stocktake.config import MajorityConfig, SplitConfig, TrackingConfig
 from stocktake.errors import StocktakeError
@@ -42,12 +42,12 @@ class Gateway:
 
 
 @pytest.fixture(scope="module")
-def gateway(rehearsal: RehearsalProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(emulator: EmulatedAws, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """Before a real `mlflow server` whose artifacts lie in the bucket, as a managed one's do."""
-    artifacts = ["--no-serve-artifacts", "--default-artifact-root", f"s3://{rehearsal.bucket}/managed"]
+    artifacts = ["--no-serve-artifacts", "--default-artifact-root", f"s3://{emulator.bucket}/managed"]
     folder = tmp_path_factory.mktemp("managed")
-    secret = rehearsal.environment["AWS_SECRET_ACCESS_KEY"]
-    with TrackingServer(folder, lay_out_store(tmp_path_factory), artifacts, rehearsal.environment) as behind:
+    secret = emulator.environment["AWS_SECRET_ACCESS_KEY"]
+    with TrackingServer(folder, lay_out_store(tmp_path_factory), artifacts, emulator.environment) as behind:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -110,9 +110,9 @@ def _trouble(method: str, path: str, headers: http.client.HTTPMessage, body: byt
 
 
 @pytest.fixture
-def managed(gateway: Gateway, rehearsal: RehearsalProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gateway:
+def managed(gateway: Gateway, emulator: EmulatedAws, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gateway:
     """The variables of somebody who uses it; the plugin's own says that it is here and not at AWS."""
-    for name, value in rehearsal.environment.items():
+    for name, value in emulator.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SAGEMAKER_MLFLOW_CUSTOM_ENDPOINT", gateway.uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", ARN)
@@ -122,7 +122,7 @@ def managed(gateway: Gateway, rehearsal: RehearsalProcess, monkeypatch: pytest.M
     mlflow.set_tracking_uri(before)
 
 
-def test_a_run_is_logged_through_the_arn(managed: Gateway, rehearsal: RehearsalProcess, tiny_root: Path) -> None:
+def test_a_run_is_logged_through_the_arn(managed: Gateway, emulator: EmulatedAws, tiny_root: Path) -> None:
     config = MajorityConfig(
         root=str(tiny_root),
         task="1-3",
@@ -134,7 +134,7 @@ def test_a_run_is_logged_through_the_arn(managed: Gateway, rehearsal: RehearsalP
     (run,) = client.search_runs([client.get_experiment_by_name("through-the-arn").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["test/accuracy"] == pytest.approx(10 / 18)
-    assert run.info.artifact_uri.startswith(f"s3://{rehearsal.bucket}/managed/")
+    assert run.info.artifact_uri.startswith(f"s3://{emulator.bucket}/managed/")
     assert "evaluation/test_confusion_matrix.png" in [
         one.path for one in client.list_artifacts(run.info.run_id, "evaluation")
     ]
@@ -143,15 +143,15 @@ def test_a_run_is_logged_through_the_arn(managed: Gateway, rehearsal: RehearsalP
     assert managed.refused == []
 
 
-def test_a_job_logs_through_the_arn(managed: Gateway, rehearsal: RehearsalProcess, tiny_root: Path) -> None:
+def test_a_job_logs_through_the_arn(managed: Gateway, emulator: EmulatedAws, tiny_root: Path) -> None:
     for path in [*tiny_root.glob("bin-images/*"), *tiny_root.glob("metadata/*")]:
-        rehearsal.put(f"managed-tiny/{path.relative_to(tiny_root)}", path.read_bytes())
+        emulator.put(f"managed-tiny/{path.relative_to(tiny_root)}", path.read_bytes())
     mlflow.set_tracking_uri(ARN)
     done = mlflow.projects.run(
         str(PROJECT),
         "majority",
         parameters={
-            "root": f"s3://{rehearsal.bucket}/managed-tiny",
+            "root": f"s3://{emulator.bucket}/managed-tiny",
             "task": "1-3",
             "workspace": "workspace",
             "split.fractions": "[0.6,0.2,0.2]",
@@ -161,8 +161,8 @@ def test_a_job_logs_through_the_arn(managed: Gateway, rehearsal: RehearsalProces
         experiment_name="jobs-through-the-arn",
         backend="sagemaker",
         backend_config={
-            "role": rehearsal.role,
-            "bucket": f"s3://{rehearsal.bucket}/managed-jobs",
+            "role": emulator.role,
+            "bucket": f"s3://{emulator.bucket}/managed-jobs",
             "image": "image:1",
             "environment": {"SAGEMAKER_MLFLOW_CUSTOM_ENDPOINT": managed.uri},
         },
@@ -171,7 +171,7 @@ def test_a_job_logs_through_the_arn(managed: Gateway, rehearsal: RehearsalProces
     run = mlflow.MlflowClient(ARN, ARN).get_run(done.run_id)
     assert (run.info.status, run.data.tags["stage"], run.data.tags["arrived"]) == ("FINISHED", "majority", "live")
     assert run.data.metrics["test/n"] > 0
-    assert rehearsal.job(run.data.tags["job.name"])["Environment"]["MLFLOW_TRACKING_URI"] == ARN
+    assert emulator.job(run.data.tags["job.name"])["Environment"]["MLFLOW_TRACKING_URI"] == ARN
     assert managed.refused == []
 
 

@@ -17,7 +17,7 @@ from botocore import xform_name
 from botocore.exceptions import ClientError
 from botocore.session import get_session
 
-from rehearsal_process import RehearsalProcess
+from emulated_aws import EmulatedAws
 from stocktake.config import S3Config
 from stocktake.data.s3_source import Bucket, RefusedError, S3Address
 
@@ -101,9 +101,9 @@ def as_user(rights: Any, service: str) -> Any:
 
 
 def test_what_the_policies_do_not_name_is_refused(
-    rehearsal: RehearsalProcess, rights: Any, monkeypatch: pytest.MonkeyPatch
+    emulator: EmulatedAws, rights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rehearsal.train("theirs", "true")
+    emulator.train("theirs", "true")
     sagemaker = as_user(rights, "sagemaker")
     for asked in (
         lambda: sagemaker.describe_training_job(TrainingJobName="theirs"),
@@ -115,7 +115,7 @@ def test_what_the_policies_do_not_name_is_refused(
             asked()
     other = boto3.client(
         "sagemaker",
-        endpoint_url=rehearsal.endpoint,
+        endpoint_url=emulator.endpoint,
         region_name="us-east-1",
         aws_access_key_id="AKIAIOSFODNN7EXAMPLE",
         aws_secret_access_key="none",
@@ -123,32 +123,32 @@ def test_what_the_policies_do_not_name_is_refused(
     with pytest.raises(ClientError, match="security token included in the request is invalid"):
         other.list_training_jobs()
 
-    rehearsal.client("s3").create_bucket(Bucket="of-others")
+    emulator.client("s3").create_bucket(Bucket="of-others")
     for name, value in rights.environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RefusedError, match="access is denied with the credentials found"):
         Bucket(S3Address.parse("s3://of-others"), S3Config(retries=0)).put("a.txt", b"a")
-    Bucket(S3Address.parse(f"s3://{rehearsal.bucket}/bins"), S3Config(retries=0)).put("a.txt", b"a")
+    Bucket(S3Address.parse(f"s3://{emulator.bucket}/bins"), S3Config(retries=0)).put("a.txt", b"a")
 
 
-def test_another_role_cannot_be_passed(rehearsal: RehearsalProcess, rights: Any) -> None:
+def test_another_role_cannot_be_passed(emulator: EmulatedAws, rights: Any) -> None:
     name = "stocktake-passed"
-    rehearsal.put("scripts/passed/main", "true")
+    emulator.put("scripts/passed/main", "true")
     request = {
         "TrainingJobName": name,
         "AlgorithmSpecification": {"TrainingImage": "1.dkr.ecr/program:1", "TrainingInputMode": "File"},
-        "OutputDataConfig": {"S3OutputPath": f"s3://{rehearsal.bucket}/stocktake"},
+        "OutputDataConfig": {"S3OutputPath": f"s3://{emulator.bucket}/stocktake"},
         "ResourceConfig": {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 1},
         "StoppingCondition": {"MaxRuntimeInSeconds": 60},
     }
     sagemaker = as_user(rights, "sagemaker")
     with pytest.raises(ClientError, match="iam:PassRole"):
-        sagemaker.create_training_job(**request, RoleArn=rehearsal.role)
+        sagemaker.create_training_job(**request, RoleArn=emulator.role)
     with pytest.raises(ClientError, match="sagemaker:CreateTrainingJob"):
         sagemaker.create_training_job(**{**request, "TrainingJobName": "mine"}, RoleArn=rights.role)
 
 
-def test_a_container_acts_as_its_role(rehearsal: RehearsalProcess, rights: Any) -> None:
+def test_a_container_acts_as_its_role(emulator: EmulatedAws, rights: Any) -> None:
     script = """
 import boto3, botocore, os
 print(boto3.client("sts").get_caller_identity()["Arn"])
@@ -159,9 +159,9 @@ for key in ("stocktake/mine", "bins/not-mine"):
     except botocore.exceptions.ClientError as error:
         print(key, error.response["Error"]["Code"])
 """
-    variables = {"BUCKET": rehearsal.bucket}
-    rehearsal.train("as-role", script, program="python", RoleArn=rights.role, Environment=variables)
-    assert rehearsal.ended("as-role")["TrainingJobStatus"] == "Completed"
-    who, mine, other = rehearsal.log("as-role/")
+    variables = {"BUCKET": emulator.bucket}
+    emulator.train("as-role", script, program="python", RoleArn=rights.role, Environment=variables)
+    assert emulator.ended("as-role")["TrainingJobStatus"] == "Completed"
+    who, mine, other = emulator.log("as-role/")
     assert ":assumed-role/stocktake-job/" in who
     assert (mine, other) == ("stocktake/mine written", "bins/not-mine AccessDenied")

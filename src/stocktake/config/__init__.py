@@ -4,7 +4,7 @@ Ground floor: imports nothing heavy, so that `stocktake COMMAND --help` answers 
 inherits the fields that it shares with others; the ladder's config is every rung's config at once.
 """
 
-from stocktake.config.aws import JobConfig, JobsConfig, RehearseConfig, RemoteTrialConfig
+from stocktake.config.aws import JobConfig, JobsConfig, RemoteTrialConfig
 from stocktake.config.data import BinsConfig, DataConfig, S3Config, SplitConfig, SyntheticConfig
 from stocktake.config.runs import (
     CompareConfig,
@@ -64,7 +64,6 @@ __all__ = [
     "PromoteConfig",
     "RegisterConfig",
     "RegistryConfig",
-    "RehearseConfig",
     "RemoteTrialConfig",
     "RollbackConfig",
     "RunConfig",

@@ -1,4 +1,4 @@
-"""Jobs on AWS, and the local AWS."""
+"""Jobs on AWS."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -9,29 +9,6 @@ from stocktake.config.runs import TrackingConfig
 from stocktake.config.settings import Settings
 from stocktake.config.training import ClassicalConfig, DdpConfig, FrozenConfig
 from stocktake.errors import StocktakeError
-
-
-@dataclass
-class RehearseConfig(Settings):
-    """A local AWS whose jobs train and whose endpoints answer, in the foreground, until Ctrl-C.
-
-    Examples:
-        stocktake rehearse
-        stocktake rehearse --port 5000 --grace 2
-    """
-
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Of 127.0.0.1; 0: any free one."""
-    region: str = "us-east-1"
-    """The region that it plays."""
-    state: str | None = None
-    """Folder for what containers write; emptied at the end. Default: the system's temporary folder."""
-    grace: Annotated[float, Field(ge=0, le=120)] = 10.0
-    """Seconds between SIGTERM and SIGKILL when a container is stopped; AWS gives 120."""
-    startup: Annotated[float, Field(ge=1, le=3600)] = 60.0
-    """Seconds that a model server may take until it answers /ping."""
-    images: dict[str, str] = field(default_factory=dict)
-    """What images start with, as their ENTRYPOINT: '{"*/mine:*": "python -m mine"}'. SageMaker adds train or serve."""
 
 
 @dataclass

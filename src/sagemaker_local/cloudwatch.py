@@ -1,4 +1,4 @@
-"""What a job leaves in CloudWatch: log streams and metrics; within the server's process."""
+"""Log streams and metrics of jobs and endpoints in CloudWatch, within the server's process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_CHARACTERS = 250_000
 
 
 class LogStream:
-    """One stream of a log group; both are made when they are not there."""
+    """One stream of a log group; both are created if they are missing."""
 
     def __init__(self, backend: SageMakerModelBackend, group: str, name: str) -> None:
         self._logs = logs_backends[backend.account_id][backend.region_name]
@@ -30,33 +30,35 @@ class LogStream:
             self._logs.create_log_stream(group, name)
 
     def write(self, line: str) -> None:
+        """Append an event."""
         event = {"timestamp": int(time.time() * 1000), "message": line[:_MOST_CHARACTERS] or " "}
         with self._guard:
             self._logs.put_log_events(self._group, self.name, [event])
 
 
 class JobMetrics:
-    """What a job's regular expressions find in its log lines."""
+    """What a job's regular expressions match in its log lines."""
 
     NAMESPACE = "/aws/sagemaker/TrainingJobs"
 
     def __init__(self, backend: SageMakerModelBackend, job: str, definitions: Sequence[dict[str, str]]) -> None:
         self._cloudwatch = cloudwatch_backends[backend.account_id][backend.region_name]
         self._job = job
-        self._patterns = [(one["Name"], re.compile(one["Regex"])) for one in definitions]
+        self._patterns = [(metric["Name"], re.compile(metric["Regex"])) for metric in definitions]
         self._guard = threading.Lock()
         self.values: dict[str, list[float]] = {}
-        """Of every metric, as they came."""
+        """Values of every metric, in order."""
         self.final: dict[str, dict[str, Any]] = {}
-        """FinalMetricDataList, by name: the last of each."""
+        """Last value of every metric, as in FinalMetricDataList."""
 
     def read(self, line: str) -> None:
+        """Record the metrics of a log line."""
         for name, pattern in self._patterns:
-            found = pattern.search(line)
-            if found is None or not found.groups():
+            match = pattern.search(line)
+            if match is None or not match.groups():
                 continue
             try:
-                value = float(found.group(1))
+                value = float(match.group(1))
             except (ValueError, TypeError):
                 continue
             now = utcnow()

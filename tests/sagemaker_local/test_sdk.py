@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from mlflow.deployments import get_deploy_client
 
-from rehearsal_process import RehearsalProcess
+from emulated_aws import EmulatedAws
 
 pytestmark = [pytest.mark.aws, pytest.mark.slow]
 
@@ -29,14 +29,14 @@ from sagemaker.train import ModelTrainer
 from sagemaker.train.configs import Compute, InputData, OutputDataConfig, SourceCode
 from sagemaker.train.distributed import Torchrun
 
-bucket = os.environ["STOCKTAKE_BUCKET"]
+bucket = os.environ["SAGEMAKER_LOCAL_BUCKET"]
 trainer = ModelTrainer(
     training_image="stocktake-training:1",
     source_code=SourceCode(source_dir="source", entry_script="train.py"),
     compute=Compute(instance_type="ml.m5.xlarge", instance_count=2),
     distributed=Torchrun(process_count_per_node=1),
     hyperparameters={"lr": 0.1, "epochs": 2},
-    role=os.environ["STOCKTAKE_ROLE"],
+    role=os.environ["SAGEMAKER_LOCAL_ROLE"],
     base_job_name="by-sdk",
     sagemaker_session=Session(boto_session=boto3.Session(), default_bucket=bucket),
     output_data_config=OutputDataConfig(s3_output_path=f"s3://{bucket}/by-sdk"),
@@ -52,12 +52,12 @@ from sagemaker.train import ModelTrainer
 from sagemaker.train.configs import Compute, InputData, OutputDataConfig
 from sagemaker.train.tuner import HyperparameterTuner
 
-bucket = os.environ["STOCKTAKE_BUCKET"]
+bucket = os.environ["SAGEMAKER_LOCAL_BUCKET"]
 trainer = ModelTrainer(
     training_image="1.dkr.ecr/program:1",
     compute=Compute(instance_type="ml.m5.xlarge", instance_count=1),
     hyperparameters={"epochs": 2},
-    role=os.environ["STOCKTAKE_ROLE"],
+    role=os.environ["SAGEMAKER_LOCAL_ROLE"],
     base_job_name="tuned-by-sdk",
     sagemaker_session=Session(boto_session=boto3.Session(), default_bucket=bucket),
     output_data_config=OutputDataConfig(s3_output_path=f"s3://{bucket}/by-sdk"),
@@ -89,7 +89,7 @@ from sagemaker.core.transformer import Transformer
 data, photo, photos = sys.argv[1:]
 Model.create(
     model_name="by-sdk",
-    execution_role_arn=os.environ["STOCKTAKE_ROLE"],
+    execution_role_arn=os.environ["SAGEMAKER_LOCAL_ROLE"],
     primary_container=ContainerDefinition(image="1.dkr.ecr/stocktake:1", model_data_url=data),
 )
 variant = ProductionVariant(
@@ -106,7 +106,7 @@ assert Endpoint.get("by-sdk").endpoint_status == "InService"
 with open(photo, "rb") as body:
     answer = endpoint.invoke(body=body.read(), content_type="image/jpeg").body.read().decode()
 endpoint.delete()
-bucket = os.environ["STOCKTAKE_BUCKET"]
+bucket = os.environ["SAGEMAKER_LOCAL_BUCKET"]
 session = Session(boto_session=boto3.Session(), default_bucket=bucket)
 where = f"s3://{bucket}/by-sdk-counted"
 transformer = Transformer("by-sdk", 1, "ml.m5.xlarge", output_path=where, sagemaker_session=session)
@@ -129,13 +129,13 @@ distributed.destroy_process_group()
 """
 
 
-def run_client(rehearsal: RehearsalProcess, folder: Path, script: str, *arguments: str) -> str:
+def run_client(emulator: EmulatedAws, folder: Path, script: str, *arguments: str) -> str:
     """The last line that a program of the SDK prints."""
     (folder / "client.py").write_text(script)
     ended = subprocess.run(
         [sys.executable, "client.py", *arguments],
         cwd=folder,
-        env=os.environ | rehearsal.environment,
+        env=os.environ | emulator.environment,
         capture_output=True,
         text=True,
         timeout=280,
@@ -156,20 +156,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_trainer_runs_torchrun_on_two_hosts(rehearsal: RehearsalProcess, tmp_path: Path) -> None:
+def test_a_trainer_runs_torchrun_on_two_hosts(emulator: EmulatedAws, tmp_path: Path) -> None:
     for name, content in (("source/train.py", TRAIN), ("data/photo", "a photo")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    name = run_client(rehearsal, tmp_path, TRAINER).split()[-1]
-    job = rehearsal.job(name)
-    assert job["TrainingJobStatus"] == "Completed", json.dumps(rehearsal.log(f"{name}/"), indent=1)
+    name = run_client(emulator, tmp_path, TRAINER).split()[-1]
+    job = emulator.job(name)
+    assert job["TrainingJobStatus"] == "Completed", json.dumps(emulator.log(f"{name}/"), indent=1)
     assert [(one["MetricName"], one["Value"]) for one in job["FinalMetricDataList"]] == [("sum", 0.3)]
 
 
-def test_a_tuner_finds_the_best(rehearsal: RehearsalProcess, tmp_path: Path) -> None:
-    source = rehearsal.put("scripts/by-sdk/main", SCORE)
-    name, best = run_client(rehearsal, tmp_path, TUNER, source).split()
-    trials = rehearsal.client("sagemaker").list_training_jobs_for_hyper_parameter_tuning_job(
+def test_a_tuner_finds_the_best(emulator: EmulatedAws, tmp_path: Path) -> None:
+    source = emulator.put("scripts/by-sdk/main", SCORE)
+    name, best = run_client(emulator, tmp_path, TUNER, source).split()
+    trials = emulator.client("sagemaker").list_training_jobs_for_hyper_parameter_tuning_job(
         HyperParameterTuningJobName=name, SortBy="FinalObjectiveMetricValue", SortOrder="Descending"
     )["TrainingJobSummaries"]
     assert [one["TrainingJobStatus"] for one in trials] == ["Completed"] * 2
@@ -178,21 +178,21 @@ def test_a_tuner_finds_the_best(rehearsal: RehearsalProcess, tmp_path: Path) -> 
 
 
 def test_an_endpoint_and_a_transform_count(
-    rehearsal: RehearsalProcess, exported: Path, tmp_path: Path, bin_photo: Callable[..., bytes]
+    emulator: EmulatedAws, exported: Path, tmp_path: Path, bin_photo: Callable[..., bytes]
 ) -> None:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as archive:
         archive.add(exported, ".")
-    model = rehearsal.put("models/by-sdk/model.tar.gz", data.getvalue())
-    rehearsal.put("photos-by-sdk/a.jpg", bin_photo(1))
+    model = emulator.put("models/by-sdk/model.tar.gz", data.getvalue())
+    emulator.put("photos-by-sdk/a.jpg", bin_photo(1))
     (tmp_path / "a.jpg").write_bytes(bin_photo(1))
-    said = run_client(rehearsal, tmp_path, ENDPOINT, model, "a.jpg", f"s3://{rehearsal.bucket}/photos-by-sdk/")
+    said = run_client(emulator, tmp_path, ENDPOINT, model, "a.jpg", f"s3://{emulator.bucket}/photos-by-sdk/")
     assert json.loads(said)["quantity"] == 2
-    assert json.loads(rehearsal.get("by-sdk-counted/a.jpg.out"))["quantity"] == 2
+    assert json.loads(emulator.get("by-sdk-counted/a.jpg.out"))["quantity"] == 2
 
 
 def test_mlflow_deploys_a_model(
-    rehearsal: RehearsalProcess,
+    emulator: EmulatedAws,
     exported: Path,
     tmp_path: Path,
     bin_photo: Callable[..., bytes],
@@ -200,15 +200,15 @@ def test_mlflow_deploys_a_model(
 ) -> None:
     from stocktake.serving.pyfunc import save_pyfunc
 
-    for name, value in rehearsal.environment.items():
+    for name, value in emulator.environment.items():
         monkeypatch.setenv(name, value)
     model = save_pyfunc(exported, tmp_path / "model", bin_photo(1))
     client = get_deploy_client("sagemaker:/us-east-1")
-    config = {"execution_role_arn": rehearsal.role, "bucket": rehearsal.bucket, "image_url": "1.dkr.ecr/stocktake:1"}
+    config = {"execution_role_arn": emulator.role, "bucket": emulator.bucket, "image_url": "1.dkr.ecr/stocktake:1"}
     config |= {"instance_type": "ml.c7i.large"}
     client.create_deployment("by-mlflow", str(model), "python_function", config)
     assert client.get_deployment("by-mlflow")["EndpointStatus"] == "InService"
     photos = pd.DataFrame({"photo": [base64.b64encode(bin_photo(1)).decode()]})
     assert client.predict("by-mlflow", photos)["predictions"][0]["quantity"] == 2
     client.delete_deployment("by-mlflow")
-    assert not rehearsal.client("sagemaker").list_endpoints(NameContains="by-mlflow")["Endpoints"]
+    assert not emulator.client("sagemaker").list_endpoints(NameContains="by-mlflow")["Endpoints"]

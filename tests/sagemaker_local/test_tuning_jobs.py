@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from rehearsal_process import ENDED, RehearsalProcess, eventually
+from emulated_aws import ENDED, EmulatedAws, eventually
 
 pytestmark = pytest.mark.aws
 
@@ -26,9 +26,9 @@ time.sleep(float(given["seconds"]))
 """
 
 
-def tune(rehearsal: RehearsalProcess, name: str, most: int = 4, width: int = 2, **changes: Any) -> None:
+def tune(emulator: EmulatedAws, name: str, most: int = 4, width: int = 2, **changes: Any) -> None:
     """Create a tuning job of SCORE."""
-    uri = rehearsal.put("scripts/score/main", SCORE)
+    uri = emulator.put("scripts/score/main", SCORE)
     ranges = {
         "ContinuousParameterRanges": [{"Name": "lr", "MinValue": "0.01", "MaxValue": "1", "ScalingType": "Linear"}],
         "IntegerParameterRanges": [{"Name": "depth", "MinValue": "1", "MaxValue": "8"}],
@@ -48,15 +48,15 @@ def tune(rehearsal: RehearsalProcess, name: str, most: int = 4, width: int = 2, 
             "TrainingInputMode": "File",
             "MetricDefinitions": [{"Name": "val:f1", "Regex": "val_macro_f1=([0-9.-]+)"}],
         },
-        "RoleArn": rehearsal.role,
+        "RoleArn": emulator.role,
         "InputDataConfig": [
             {"ChannelName": "program", "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri}}}
         ],
-        "OutputDataConfig": {"S3OutputPath": f"s3://{rehearsal.bucket}/tuned"},
+        "OutputDataConfig": {"S3OutputPath": f"s3://{emulator.bucket}/tuned"},
         "ResourceConfig": {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 10},
         "StoppingCondition": {"MaxRuntimeInSeconds": 600},
     }
-    rehearsal.client("sagemaker").create_hyper_parameter_tuning_job(
+    emulator.client("sagemaker").create_hyper_parameter_tuning_job(
         HyperParameterTuningJobName=name,
         HyperParameterTuningJobConfig=config | changes.pop("config", {}),
         TrainingJobDefinition=definition | changes.pop("definition", {}),
@@ -64,30 +64,30 @@ def tune(rehearsal: RehearsalProcess, name: str, most: int = 4, width: int = 2, 
     )
 
 
-def described(rehearsal: RehearsalProcess, name: str) -> dict[str, Any]:
-    answer: dict[str, Any] = rehearsal.client("sagemaker").describe_hyper_parameter_tuning_job(
+def described(emulator: EmulatedAws, name: str) -> dict[str, Any]:
+    answer: dict[str, Any] = emulator.client("sagemaker").describe_hyper_parameter_tuning_job(
         HyperParameterTuningJobName=name
     )
     return answer
 
 
-def ended(rehearsal: RehearsalProcess, name: str) -> dict[str, Any]:
-    return eventually(lambda: (said := described(rehearsal, name))["HyperParameterTuningJobStatus"] in ENDED and said)
+def ended(emulator: EmulatedAws, name: str) -> dict[str, Any]:
+    return eventually(lambda: (said := described(emulator, name))["HyperParameterTuningJobStatus"] in ENDED and said)
 
 
-def trials(rehearsal: RehearsalProcess, name: str, **how: Any) -> list[dict[str, Any]]:
-    listed = rehearsal.client("sagemaker").list_training_jobs_for_hyper_parameter_tuning_job(
+def trials(emulator: EmulatedAws, name: str, **how: Any) -> list[dict[str, Any]]:
+    listed = emulator.client("sagemaker").list_training_jobs_for_hyper_parameter_tuning_job(
         HyperParameterTuningJobName=name, **how
     )
     return list(listed["TrainingJobSummaries"])
 
 
-def test_a_search_runs_two_at_a_time_and_names_the_best(rehearsal: RehearsalProcess) -> None:
+def test_a_search_runs_two_at_a_time_and_names_the_best(emulator: EmulatedAws) -> None:
     # Of seed 7, some choices are bad and some good.
-    tune(rehearsal, "search", most=6, kinds=["good", "bad"], Tags=[{"Key": "stage", "Value": "tune"}])
-    said = ended(rehearsal, "search")
+    tune(emulator, "search", most=6, kinds=["good", "bad"], Tags=[{"Key": "stage", "Value": "tune"}])
+    said = ended(emulator, "search")
     assert said["HyperParameterTuningJobStatus"] == "Completed", said
-    jobs = trials(rehearsal, "search", SortOrder="Ascending")
+    jobs = trials(emulator, "search", SortOrder="Ascending")
     assert len(jobs) == 6
     failed = [one for one in jobs if one["TrainingJobStatus"] == "Failed"]
     assert 0 < len(failed) < 6
@@ -101,10 +101,10 @@ def test_a_search_runs_two_at_a_time_and_names_the_best(rehearsal: RehearsalProc
     objective = "FinalHyperParameterTuningJobObjectiveMetric"
     best = max((one for one in jobs if objective in one), key=lambda one: one[objective]["Value"])
     assert said["BestTrainingJob"]["TrainingJobName"] == best["TrainingJobName"]
-    by_value = trials(rehearsal, "search", SortBy="FinalObjectiveMetricValue", SortOrder="Descending", MaxResults=1)
+    by_value = trials(emulator, "search", SortBy="FinalObjectiveMetricValue", SortOrder="Descending", MaxResults=1)
     assert by_value[0]["TrainingJobName"] == best["TrainingJobName"]
 
-    job = rehearsal.job(best["TrainingJobName"])
+    job = emulator.job(best["TrainingJobName"])
     assert job["TuningJobArn"] == said["HyperParameterTuningJobArn"]
     assert job["HyperParameters"] == {
         **best["TunedHyperParameters"],
@@ -126,41 +126,41 @@ def test_a_search_runs_two_at_a_time_and_names_the_best(rehearsal: RehearsalProc
         "WarmStartType": "IdenticalDataAndAlgorithm",
         "ParentHyperParameterTuningJobs": [{"HyperParameterTuningJobName": "search"}],
     }
-    tune(rehearsal, "warm", most=2, kinds=["good", "bad"], config={"Strategy": "Bayesian"}, WarmStartConfig=warm)
-    assert ended(rehearsal, "warm")["WarmStartConfig"] == warm
+    tune(emulator, "warm", most=2, kinds=["good", "bad"], config={"Strategy": "Bayesian"}, WarmStartConfig=warm)
+    assert ended(emulator, "warm")["WarmStartConfig"] == warm
     names = {
         one["HyperParameterTuningJobName"]
-        for one in rehearsal.client("sagemaker").list_hyper_parameter_tuning_jobs(StatusEquals="Completed")[
+        for one in emulator.client("sagemaker").list_hyper_parameter_tuning_jobs(StatusEquals="Completed")[
             "HyperParameterTuningJobSummaries"
         ]
     }
     assert "search" in names
 
 
-def test_a_stopped_search_stops_its_jobs(rehearsal: RehearsalProcess) -> None:
-    tune(rehearsal, "halted", most=8, seconds=600)
-    eventually(lambda: [one["TrainingJobStatus"] for one in trials(rehearsal, "halted")] == ["InProgress"] * 2)
-    rehearsal.client("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName="halted")
-    said = ended(rehearsal, "halted")
+def test_a_stopped_search_stops_its_jobs(emulator: EmulatedAws) -> None:
+    tune(emulator, "halted", most=8, seconds=600)
+    eventually(lambda: [one["TrainingJobStatus"] for one in trials(emulator, "halted")] == ["InProgress"] * 2)
+    emulator.client("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName="halted")
+    said = ended(emulator, "halted")
     assert said["HyperParameterTuningJobStatus"] == "Stopped"
     assert said["TrainingJobStatusCounters"]["Stopped"] == 2
-    assert len(trials(rehearsal, "halted")) == 2
+    assert len(trials(emulator, "halted")) == 2
 
 
-def test_a_search_whose_jobs_all_fail_has_failed(rehearsal: RehearsalProcess) -> None:
-    tune(rehearsal, "hopeless", most=2, kinds=["bad"])
-    said = ended(rehearsal, "hopeless")
+def test_a_search_whose_jobs_all_fail_has_failed(emulator: EmulatedAws) -> None:
+    tune(emulator, "hopeless", most=2, kinds=["bad"])
+    said = ended(emulator, "hopeless")
     assert said["HyperParameterTuningJobStatus"] == "Failed"
     assert said["FailureReason"].startswith("All training jobs failed")
     assert "BestTrainingJob" not in said
 
 
-def test_a_job_worse_than_the_median_is_stopped_early(rehearsal: RehearsalProcess) -> None:
-    tune(rehearsal, "early", most=6, kinds=["late"], config={"TrainingJobEarlyStoppingType": "Auto"})
-    said = ended(rehearsal, "early")
+def test_a_job_worse_than_the_median_is_stopped_early(emulator: EmulatedAws) -> None:
+    tune(emulator, "early", most=6, kinds=["late"], config={"TrainingJobEarlyStoppingType": "Auto"})
+    said = ended(emulator, "early")
     assert said["HyperParameterTuningJobStatus"] == "Completed"
     assert said["TrainingJobStatusCounters"]["Stopped"] >= 1
-    fifth = next(one for one in trials(rehearsal, "early") if "-005-" in one["TrainingJobName"])
+    fifth = next(one for one in trials(emulator, "early") if "-005-" in one["TrainingJobName"])
     assert fifth["TrainingJobStatus"] == "Stopped"
     assert fifth["FinalHyperParameterTuningJobObjectiveMetric"]["Value"] == -9
     assert said["BestTrainingJob"]["TrainingJobName"] != fifth["TrainingJobName"]
@@ -178,13 +178,13 @@ def test_a_job_worse_than_the_median_is_stopped_early(rehearsal: RehearsalProces
         ),
     ],
 )
-def test_what_aws_refuses(rehearsal: RehearsalProcess, changes: dict[str, Any], said: str) -> None:
+def test_what_aws_refuses(emulator: EmulatedAws, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ClientError, match=said):
-        tune(rehearsal, "refused", **changes)
+        tune(emulator, "refused", **changes)
     with pytest.raises(ClientError, match="ResourceNotFound"):
-        described(rehearsal, "refused")
+        described(emulator, "refused")
 
 
-def test_a_long_name_is_refused(rehearsal: RehearsalProcess) -> None:
+def test_a_long_name_is_refused(emulator: EmulatedAws) -> None:
     with pytest.raises(ClientError, match="length less than or equal to 32"):
-        tune(rehearsal, "s" * 33)
+        tune(emulator, "s" * 33)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from rehearsal_process import RehearsalProcess
+from emulated_aws import EmulatedAws
 
 pytestmark = pytest.mark.aws
 RESOURCES = {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 10}
@@ -36,33 +36,33 @@ RESOURCES = {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
-def test_a_training_job_is_refused(rehearsal: RehearsalProcess, changes: dict[str, Any], said: str) -> None:
+def test_a_training_job_is_refused(emulator: EmulatedAws, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ClientError, match=said) as refused:
-        rehearsal.train("refused", "true", **changes)
+        emulator.train("refused", "true", **changes)
     assert refused.value.response["Error"]["Code"] == "ValidationException"
     with pytest.raises(ClientError, match=r"not found|validation error"):
-        rehearsal.job(changes.get("TrainingJobName", "refused"))
+        emulator.job(changes.get("TrainingJobName", "refused"))
 
 
-def test_missing_objects_and_duplicates_are_refused(rehearsal: RehearsalProcess) -> None:
-    for prefix in ("s3://no-such-bucket/a", f"s3://{rehearsal.bucket}/no-such-prefix"):
+def test_missing_objects_and_duplicates_are_refused(emulator: EmulatedAws) -> None:
+    for prefix in ("s3://no-such-bucket/a", f"s3://{emulator.bucket}/no-such-prefix"):
         source = {"S3DataType": "S3Prefix", "S3Uri": prefix}
         channel = {"ChannelName": "train", "DataSource": {"S3DataSource": source}}
         with pytest.raises(ClientError, match=f'No S3 objects found under S3 URL "{prefix}"'):
-            rehearsal.train("no-objects", "true", InputDataConfig=[channel])
-    uri = rehearsal.put("once/a", "a")
+            emulator.train("no-objects", "true", InputDataConfig=[channel])
+    uri = emulator.put("once/a", "a")
     channel = {"ChannelName": "program", "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri}}}
     with pytest.raises(ClientError, match="program is there more than once"):
-        rehearsal.train("two-channels", "true", InputDataConfig=[channel])
-    rehearsal.train("once", "true")
+        emulator.train("two-channels", "true", InputDataConfig=[channel])
+    emulator.train("once", "true")
     with pytest.raises(ClientError, match="must be unique") as refused:
-        rehearsal.train("once", "true")
+        emulator.train("once", "true")
     assert refused.value.response["Error"]["Code"] == "ResourceInUse"
-    rehearsal.ended("once")
+    emulator.ended("once")
 
 
-def test_jobs_that_are_not_there(rehearsal: RehearsalProcess) -> None:
-    sagemaker = rehearsal.client("sagemaker")
+def test_jobs_that_are_not_there(emulator: EmulatedAws) -> None:
+    sagemaker = emulator.client("sagemaker")
     for operation in (sagemaker.describe_training_job, sagemaker.stop_training_job):
         with pytest.raises(ClientError, match="not found"):
             operation(TrainingJobName="nobody")

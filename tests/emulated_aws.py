@@ -1,57 +1,25 @@
-"""The local AWS as users start it: a process of its own, asked by the unmodified boto3."""
+"""The session's emulator of SageMaker, and what tests ask of it again and again."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import boto3
+import pytest
+
+from sagemaker_local.process import EmulatorProcess
 
 PATIENCE = 120.0
 """Seconds that a test waits for what should come at once on a machine that has nothing else to do."""
+TRAIN = Path(__file__).parents[1] / "deploy" / "images" / "training" / "train"
 ENDED = ("Completed", "Failed", "Stopped")
 
 
-@dataclass
-class RehearsalProcess:
-    """`stocktake rehearse` in another process, and clients of it."""
-
-    process: subprocess.Popen[str]
-    environment: dict[str, str]
-    """To add to a program's, so that it talks to the local AWS."""
-    _clients: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def endpoint(self) -> str:
-        return self.environment["AWS_ENDPOINT_URL"]
-
-    @property
-    def bucket(self) -> str:
-        return self.environment["STOCKTAKE_BUCKET"]
-
-    @property
-    def role(self) -> str:
-        return self.environment["STOCKTAKE_ROLE"]
-
-    def client(self, service: str) -> Any:
-        """A boto3 client."""
-        if service not in self._clients:
-            self._clients[service] = boto3.client(
-                service,
-                endpoint_url=self.endpoint,
-                region_name=self.environment["AWS_DEFAULT_REGION"],
-                aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
-                aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
-            )
-        return self._clients[service]
+class EmulatedAws(EmulatorProcess):
+    """`sagemaker-local` in another process, asked by the unmodified boto3."""
 
     def put(self, key: str, content: bytes | str) -> str:
         """An object in the bucket: its URI."""
@@ -65,8 +33,8 @@ class RehearsalProcess:
 
     def keys(self, prefix: str) -> list[str]:
         """Of the bucket's objects."""
-        found = self.client("s3").list_objects_v2(Bucket=self.bucket, Prefix=prefix).get("Contents", [])
-        return [one["Key"] for one in found]
+        objects = self.client("s3").list_objects_v2(Bucket=self.bucket, Prefix=prefix).get("Contents", [])
+        return [entry["Key"] for entry in objects]
 
     def train(self, name: str, script: str, program: str = "bash", **changes: Any) -> None:
         """Create a training job that runs a script; changes are to CreateTrainingJob's request.
@@ -113,35 +81,28 @@ class RehearsalProcess:
             lines += [event["message"] for event in logs.get_log_events(**where, startFromHead=True)["events"]]
         return lines
 
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+
+@pytest.fixture(scope="session")
+def sagemaker_local_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A stopped container has five seconds.
+
+    The image `program` runs the file `main` of the channel `program`, as `model-program` runs the model's; `broken`
+    fails once there is a file GATE; `stocktake-training` starts with the training image's own `train`.
+    """
+    images = {
+        "*/broken:*": "sh -c 'until test -e ${GATE:-/}; do sleep 0.1; done; exit 3'",
+        "*/program:*": f"{sys.executable} /opt/ml/input/data/program/main",
+        "*/model-program:*": f"{sys.executable} /opt/ml/model/main",
+        "*stocktake-training*": f"sh {TRAIN}",
+    }
+    mapped = [word for pattern, command in images.items() for word in ("--image", f"{pattern}={command}")]
+    return ["--state", str(tmp_path_factory.mktemp("emulator")), "--grace", "5", *mapped]
 
 
-def start_rehearsal(state: Path, *options: str) -> RehearsalProcess:
-    """Start it, with its state in a folder."""
-    state.mkdir(exist_ok=True)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "SAGEMAKER_", "MLFLOW_"))}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stocktake", "rehearse", "--state", str(state), *options],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=kept,
-    )
-    assert process.stdout is not None
-    environment: dict[str, str] = {}
-    for line in process.stdout:
-        if line.startswith("export "):
-            name, _, value = shlex.split(line)[1].partition("=")
-            environment[name] = value
-        if line.startswith("# ready"):
-            return RehearsalProcess(process, environment)
-    raise RuntimeError(f"stocktake rehearse ended with {process.wait()}")
+@pytest.fixture(scope="session")
+def emulator(sagemaker_local: EmulatorProcess) -> EmulatedAws:
+    """The session's emulator; tests choose names of their own in it."""
+    return EmulatedAws(sagemaker_local.process, sagemaker_local.environment)
 
 
 def eventually(condition: Callable[[], Any]) -> Any:

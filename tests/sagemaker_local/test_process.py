@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rehearsal_process import PATIENCE, RehearsalProcess, eventually, start_rehearsal
+from emulated_aws import PATIENCE, EmulatedAws, eventually, start_emulator
 from sagemaker_local import container_init
 from sagemaker_local.containers import Container, Machine
 
@@ -36,27 +36,27 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_it_prints_what_to_set_and_listens_on_loopback_only(rehearsal: RehearsalProcess) -> None:
-    assert rehearsal.environment.keys() == {
+def test_it_prints_what_to_set_and_listens_on_loopback_only(emulator: EmulatedAws) -> None:
+    assert emulator.environment.keys() == {
         "AWS_ENDPOINT_URL",
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
         "AWS_DEFAULT_REGION",
         "SAGEMAKER_VALIDATE_ROLE",
-        "STOCKTAKE_BUCKET",
-        "STOCKTAKE_ROLE",
+        "SAGEMAKER_LOCAL_BUCKET",
+        "SAGEMAKER_LOCAL_ROLE",
     }
-    port = int(rehearsal.endpoint.rpartition(":")[2])
+    port = int(emulator.endpoint.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE):
         pass
     with socket.socket() as other, pytest.raises(OSError, match="refused"):
         other.connect(("127.0.0.2", port))  # an address that only a server on all of them would have
-    assert rehearsal.client("iam").get_role(RoleName=rehearsal.role.rpartition("/")[2])
-    assert rehearsal.client("sts").get_caller_identity()["Account"] in rehearsal.role
+    assert emulator.client("iam").get_role(RoleName=emulator.role.rpartition("/")[2])
+    assert emulator.client("sts").get_caller_identity()["Account"] in emulator.role
 
 
 def test_killed_it_leaves_no_process_and_no_file(state: Path) -> None:
-    first = start_rehearsal(state)
+    first = start_emulator(state)
     try:
         script = """
 import os, subprocess, time
@@ -76,10 +76,10 @@ time.sleep(600)
     left = state / "stocktake-rehearsal-left"  # by one whose machine went down
     left.mkdir()
     (left / "server.lock").touch()
-    second = start_rehearsal(state)
+    second = start_emulator(state)
     try:
         assert len(list(state.iterdir())) == 1  # its own
-        other = start_rehearsal(state)  # leaves what belongs to a living one alone
+        other = start_emulator(state)  # leaves what belongs to a living one alone
         other.close()
         assert len(list(state.iterdir())) == 1
         second.train("after", "true")
@@ -90,9 +90,9 @@ time.sleep(600)
     assert second.process.returncode == 0
 
 
-def test_a_port_in_use_is_said(stocktake: Callable[..., Any], rehearsal: RehearsalProcess, state: Path) -> None:
+def test_a_port_in_use_is_said(stocktake: Callable[..., Any], emulator: EmulatedAws, state: Path) -> None:
     state.mkdir()
-    port = rehearsal.endpoint.rpartition(":")[2]
+    port = emulator.endpoint.rpartition(":")[2]
     ended = stocktake("rehearse", "--port", port, "--state", str(state))
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert f"--port {port} cannot be had: Address already in use" in ended.err

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from rehearsal_process import RehearsalProcess, eventually
+from emulated_aws import EmulatedAws, eventually
 
 pytestmark = pytest.mark.aws
 
@@ -28,10 +28,10 @@ def archive(content: bytes) -> dict[str, bytes]:
         return {one.name: files.extractfile(one).read() for one in files if one.isfile()}
 
 
-def test_a_job_runs_its_entry_point_in_the_container_layout(rehearsal: RehearsalProcess) -> None:
-    rehearsal.put("layout/train/a.txt", "A")
-    rehearsal.put("layout/train/deep/b.txt", "B")
-    one = rehearsal.put("layout/one.json", "{}")
+def test_a_job_runs_its_entry_point_in_the_container_layout(emulator: EmulatedAws) -> None:
+    emulator.put("layout/train/a.txt", "A")
+    emulator.put("layout/train/deep/b.txt", "B")
+    one = emulator.put("layout/one.json", "{}")
     script = """
 import json, os, pathlib
 ml = pathlib.Path("/opt/ml")
@@ -44,17 +44,17 @@ environment = {name: os.environ.get(name) for name in names}
 (ml / "output/data/extra.txt").write_text("extra")
 print("val_macro_f1=0.25"); print("epoch=2 val_macro_f1=0.75 done")
 """
-    rehearsal.train(
+    emulator.train(
         "layout",
         script,
         program="python",
         HyperParameters={"lr": "0.1", "words": "two words"},
         Environment={"GREETING": "good day"},
-        InputDataConfig=[channel("train", f"s3://{rehearsal.bucket}/layout/train"), channel("one", one)],
+        InputDataConfig=[channel("train", f"s3://{emulator.bucket}/layout/train"), channel("one", one)],
         AlgorithmSpecification={"MetricDefinitions": [{"Name": "f1", "Regex": r"val_macro_f1=(\S+)"}]},
         Tags=[{"Key": "stage", "Value": "finetune"}],
     )
-    job = rehearsal.ended("layout")
+    job = emulator.ended("layout")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Completed", "Completed"), job
     assert [one["Status"] for one in job["SecondaryStatusTransitions"]] == [
         "Starting",
@@ -68,11 +68,11 @@ print("val_macro_f1=0.25"); print("epoch=2 val_macro_f1=0.75 done")
     assert job["BillableTimeInSeconds"] >= 1
     assert job["TrainingEndTime"] >= job["TrainingStartTime"] >= job["CreationTime"]
 
-    assert job["ModelArtifacts"]["S3ModelArtifacts"] == f"s3://{rehearsal.bucket}/output/layout/output/model.tar.gz"
+    assert job["ModelArtifacts"]["S3ModelArtifacts"] == f"s3://{emulator.bucket}/output/layout/output/model.tar.gz"
     configuration, files, folders, environment = json.loads(
-        archive(rehearsal.get("output/layout/output/model.tar.gz"))["seen.json"]
+        archive(emulator.get("output/layout/output/model.tar.gz"))["seen.json"]
     )
-    assert archive(rehearsal.get("output/layout/output/output.tar.gz")) == {"extra.txt": b"extra"}
+    assert archive(emulator.get("output/layout/output/output.tar.gz")) == {"extra.txt": b"extra"}
     assert configuration["hyperparameters"] == {"lr": "0.1", "words": "two words"}
     assert configuration["resourceconfig"]["hosts"] == ["algo-1"]
     assert configuration["resourceconfig"]["current_instance_type"] == "ml.m5.xlarge"
@@ -88,44 +88,44 @@ print("val_macro_f1=0.25"); print("epoch=2 val_macro_f1=0.75 done")
         "TRAINING_JOB_NAME": "layout",
         "TRAINING_JOB_ARN": job["TrainingJobArn"],
         "GREETING": "good day",
-        "AWS_ENDPOINT_URL": rehearsal.endpoint,
+        "AWS_ENDPOINT_URL": emulator.endpoint,
         "AWS_REGION": "us-east-1",
         "HOME_OF_USER": None,
     }
-    assert rehearsal.log("layout/algo-1") == ["val_macro_f1=0.25", "epoch=2 val_macro_f1=0.75 done"]
-    tags = rehearsal.client("sagemaker").list_tags(ResourceArn=job["TrainingJobArn"])["Tags"]
+    assert emulator.log("layout/algo-1") == ["val_macro_f1=0.25", "epoch=2 val_macro_f1=0.75 done"]
+    tags = emulator.client("sagemaker").list_tags(ResourceArn=job["TrainingJobArn"])["Tags"]
     assert tags == [{"Key": "stage", "Value": "finetune"}]
 
 
-def test_a_failure_is_told_in_the_jobs_own_words(rehearsal: RehearsalProcess) -> None:
-    rehearsal.train("failing", "echo half > /opt/ml/model/half; echo 'no photos' > /opt/ml/output/failure; exit 3")
-    job = rehearsal.ended("failing")
+def test_a_failure_is_told_in_the_jobs_own_words(emulator: EmulatedAws) -> None:
+    emulator.train("failing", "echo half > /opt/ml/model/half; echo 'no photos' > /opt/ml/output/failure; exit 3")
+    job = emulator.ended("failing")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Failed", "Failed")
     assert job["FailureReason"] == "AlgorithmError: no photos, exit code: 3"
-    rehearsal.train("no-program", "", program="no-such-program")
-    assert rehearsal.ended("no-program")["FailureReason"] == "AlgorithmError: , exit code: 127"
-    assert rehearsal.log("no-program/") == ["cannot start no-such-program: No such file or directory"]
+    emulator.train("no-program", "", program="no-such-program")
+    assert emulator.ended("no-program")["FailureReason"] == "AlgorithmError: , exit code: 127"
+    assert emulator.log("no-program/") == ["cannot start no-such-program: No such file or directory"]
 
 
-def test_a_stopped_job_gets_sigterm_and_keeps_what_it_wrote(rehearsal: RehearsalProcess) -> None:
+def test_a_stopped_job_gets_sigterm_and_keeps_what_it_wrote(emulator: EmulatedAws) -> None:
     script = """
 trap 'echo told to end; touch /opt/ml/model/half; exit 0' TERM
 echo started
 while true; do sleep 0.1; done
 """
-    rehearsal.train("stopped", script)
-    eventually(lambda: rehearsal.log("stopped/") == ["started"])
-    rehearsal.client("sagemaker").stop_training_job(TrainingJobName="stopped")
-    assert rehearsal.job("stopped")["TrainingJobStatus"] in ("Stopping", "Stopped")
-    job = rehearsal.ended("stopped")
+    emulator.train("stopped", script)
+    eventually(lambda: emulator.log("stopped/") == ["started"])
+    emulator.client("sagemaker").stop_training_job(TrainingJobName="stopped")
+    assert emulator.job("stopped")["TrainingJobStatus"] in ("Stopping", "Stopped")
+    job = emulator.ended("stopped")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "Stopped")
-    assert rehearsal.log("stopped/") == ["started", "told to end"]
-    assert archive(rehearsal.get("output/stopped/output/model.tar.gz")) == {"half": b""}
+    assert emulator.log("stopped/") == ["started", "told to end"]
+    assert archive(emulator.get("output/stopped/output/model.tar.gz")) == {"half": b""}
     with pytest.raises(ClientError, match="ValidationException"):
-        rehearsal.client("sagemaker").stop_training_job(TrainingJobName="stopped")
+        emulator.client("sagemaker").stop_training_job(TrainingJobName="stopped")
 
 
-def test_a_job_that_will_not_end_is_killed_with_all_its_processes(rehearsal: RehearsalProcess) -> None:
+def test_a_job_that_will_not_end_is_killed_with_all_its_processes(emulator: EmulatedAws) -> None:
     """Its time is over; a process of it that left the session goes as well."""
     script = """
 trap '' TERM
@@ -133,16 +133,16 @@ setsid sleep 600 &
 echo $$ $!
 wait
 """
-    rehearsal.train("endless", script, StoppingCondition={"MaxRuntimeInSeconds": 4})
-    job = rehearsal.ended("endless")
+    emulator.train("endless", script, StoppingCondition={"MaxRuntimeInSeconds": 4})
+    job = emulator.ended("endless")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
-    for process in map(int, rehearsal.log("endless/")[0].split()):
+    for process in map(int, emulator.log("endless/")[0].split()):
         assert not Path(f"/proc/{process}").exists()
 
 
-def test_hosts_find_each_other_by_name_and_share_the_data(rehearsal: RehearsalProcess) -> None:
+def test_hosts_find_each_other_by_name_and_share_the_data(emulator: EmulatedAws) -> None:
     for name in "abc":
-        rehearsal.put(f"shards/{name}", name)
+        emulator.put(f"shards/{name}", name)
     script = """
 import json, os, pathlib, socket
 resources = json.loads(pathlib.Path("/opt/ml/input/config/resourceconfig.json").read_text())
@@ -164,33 +164,33 @@ else:
     other = "sent"
 pathlib.Path("/opt/ml/model", name).write_text(f"{shard} {other} {len(hosts)}")
 """
-    rehearsal.train(
+    emulator.train(
         "two-hosts",
         script,
         program="python",
         ResourceConfig={"InstanceType": "ml.m5.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 10},
-        InputDataConfig=[channel("train", f"s3://{rehearsal.bucket}/shards/", S3DataDistributionType="ShardedByS3Key")],
+        InputDataConfig=[channel("train", f"s3://{emulator.bucket}/shards/", S3DataDistributionType="ShardedByS3Key")],
     )
-    job = rehearsal.ended("two-hosts")
-    assert job["TrainingJobStatus"] == "Completed", rehearsal.log("two-hosts/")
-    assert archive(rehearsal.get("output/two-hosts/output/model.tar.gz")) == {
+    job = emulator.ended("two-hosts")
+    assert job["TrainingJobStatus"] == "Completed", emulator.log("two-hosts/")
+    assert archive(emulator.get("output/two-hosts/output/model.tar.gz")) == {
         "algo-1": b"ac b 2",
         "algo-2": b"b sent 2",
     }
-    assert rehearsal.log("two-hosts/algo-1") == ["listening on True"]
+    assert emulator.log("two-hosts/algo-1") == ["listening on True"]
 
 
-def test_one_failing_host_ends_the_others(rehearsal: RehearsalProcess) -> None:
+def test_one_failing_host_ends_the_others(emulator: EmulatedAws) -> None:
     script = """
 grep -q '"current_host": "algo-2"' /opt/ml/input/config/resourceconfig.json || exec sleep 600
 echo lost > /opt/ml/output/failure; exit 9
 """
-    rehearsal.train(
+    emulator.train(
         "half-failing",
         script,
         ResourceConfig={"InstanceType": "ml.m5.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 10},
     )
-    job = rehearsal.ended("half-failing")
+    job = emulator.ended("half-failing")
     assert (job["TrainingJobStatus"], job["FailureReason"]) == ("Failed", "AlgorithmError: lost, exit code: 9")
 
 
@@ -213,97 +213,97 @@ pathlib.Path("/opt/ml/model/final").write_text(str(done))
 
 
 @pytest.mark.parametrize("told_by", ["tag", "environment"])
-def test_a_spot_interruption_loses_all_but_the_checkpoints(rehearsal: RehearsalProcess, told_by: str) -> None:
+def test_a_spot_interruption_loses_all_but_the_checkpoints(emulator: EmulatedAws, told_by: str) -> None:
     name = f"spot-{told_by}"
     told: dict[str, Any] = (
-        {"Tags": [{"Key": "rehearsal:interrupt-after", "Value": "half w.y"}]}
+        {"Tags": [{"Key": "emulator:interrupt-after", "Value": "half w.y"}]}
         if told_by == "tag"
-        else {"Environment": {"REHEARSAL_INTERRUPT_AFTER": "half way"}}
+        else {"Environment": {"SAGEMAKER_LOCAL_INTERRUPT_AFTER": "half way"}}
     )
-    rehearsal.train(
+    emulator.train(
         name,
         STEPS,
         program="python",
         EnableManagedSpotTraining=True,
         StoppingCondition={"MaxRuntimeInSeconds": 300, "MaxWaitTimeInSeconds": 600},
-        CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/{name}"},
+        CheckpointConfig={"S3Uri": f"s3://{emulator.bucket}/checkpoints/{name}"},
         AlgorithmSpecification={"MetricDefinitions": [{"Name": "step", "Regex": "step=([0-9]+)"}]},
         **told,
     )
-    job = rehearsal.ended(name)
-    assert job["TrainingJobStatus"] == "Completed", (job, rehearsal.log(f"{name}/"))
+    job = emulator.ended(name)
+    assert job["TrainingJobStatus"] == "Completed", (job, emulator.log(f"{name}/"))
     assert [one["Status"] for one in job["SecondaryStatusTransitions"]] == [
         *("Starting", "Downloading", "Training", "Interrupted"),
         *("Starting", "Downloading", "Training", "Uploading", "Completed"),
     ]
-    lines = rehearsal.log(f"{name}/")
+    lines = emulator.log(f"{name}/")
     assert lines[:2] == ["begins at 0", "step=1"]
     assert lines[-4:] == ["begins at 3", "step=4", "step=5", "step=6"]
     assert job["FinalMetricDataList"][0]["Value"] == 6
     assert job["BillableTimeInSeconds"] <= job["TrainingTimeInSeconds"]
-    assert archive(rehearsal.get(f"output/{name}/output/model.tar.gz")) == {"scratch": b"", "final": b"6"}
-    assert rehearsal.get(f"checkpoints/{name}/step") == b"6"
+    assert archive(emulator.get(f"output/{name}/output/model.tar.gz")) == {"scratch": b"", "final": b"6"}
+    assert emulator.get(f"checkpoints/{name}/step") == b"6"
 
 
-def test_a_spot_instance_is_taken_back_after_seconds(rehearsal: RehearsalProcess) -> None:
-    rehearsal.train(
+def test_a_spot_instance_is_taken_back_after_seconds(emulator: EmulatedAws) -> None:
+    emulator.train(
         "spot-seconds",
         "test -e /opt/ml/checkpoints/begun && exit 0; touch /opt/ml/checkpoints/begun; sleep 600",
         EnableManagedSpotTraining=True,
         StoppingCondition={"MaxRuntimeInSeconds": 300, "MaxWaitTimeInSeconds": 300},
-        CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/seconds"},
-        Environment={"REHEARSAL_INTERRUPT_AFTER": "4"},
+        CheckpointConfig={"S3Uri": f"s3://{emulator.bucket}/checkpoints/seconds"},
+        Environment={"SAGEMAKER_LOCAL_INTERRUPT_AFTER": "4"},
     )
-    job = rehearsal.ended("spot-seconds")
+    job = emulator.ended("spot-seconds")
     assert job["TrainingJobStatus"] == "Completed"
     assert "Interrupted" in [one["Status"] for one in job["SecondaryStatusTransitions"]]
 
 
-def test_a_spot_job_waits_for_machines_as_long_as_it_was_told(rehearsal: RehearsalProcess) -> None:
+def test_a_spot_job_waits_for_machines_as_long_as_it_was_told(emulator: EmulatedAws) -> None:
     """What is not to be had in time stops it; it waits again after an interruption."""
 
     def train(name: str, capacity_after: str, longest: int) -> None:
-        rehearsal.train(
+        emulator.train(
             name,
             "test -e /opt/ml/checkpoints/begun && exit 0; touch /opt/ml/checkpoints/begun; echo begun; sleep 600",
             EnableManagedSpotTraining=True,
             StoppingCondition={"MaxRuntimeInSeconds": longest, "MaxWaitTimeInSeconds": longest},
-            CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/{name}"},
-            Tags=[{"Key": "rehearsal:capacity-after", "Value": capacity_after}],
-            Environment={"REHEARSAL_INTERRUPT_AFTER": "begun"},
+            CheckpointConfig={"S3Uri": f"s3://{emulator.bucket}/checkpoints/{name}"},
+            Tags=[{"Key": "emulator:capacity-after", "Value": capacity_after}],
+            Environment={"SAGEMAKER_LOCAL_INTERRUPT_AFTER": "begun"},
         )
 
     train("spot-patient", "1", 600)
     train("spot-impatient", "600", 1)
-    job = rehearsal.ended("spot-impatient")
+    job = emulator.ended("spot-impatient")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
-    assert rehearsal.log("spot-impatient/") == []
+    assert emulator.log("spot-impatient/") == []
     train("spot-stopped", "600", 600)
-    rehearsal.client("sagemaker").stop_training_job(TrainingJobName="spot-stopped")
-    assert rehearsal.ended("spot-stopped")["SecondaryStatus"] == "Stopped"
-    assert rehearsal.ended("spot-patient")["TrainingJobStatus"] == "Completed"
+    emulator.client("sagemaker").stop_training_job(TrainingJobName="spot-stopped")
+    assert emulator.ended("spot-stopped")["SecondaryStatus"] == "Stopped"
+    assert emulator.ended("spot-patient")["TrainingJobStatus"] == "Completed"
     with pytest.raises(ClientError, match="capacity-after takes seconds"):
         train("spot-odd", "soon", 600)
 
 
-def test_checkpoints_go_to_s3_while_the_job_runs(rehearsal: RehearsalProcess) -> None:
-    rehearsal.train(
+def test_checkpoints_go_to_s3_while_the_job_runs(emulator: EmulatedAws) -> None:
+    emulator.train(
         "checkpoints",
         "echo 1 > /opt/ml/checkpoints/one; sleep 600",
-        CheckpointConfig={"S3Uri": f"s3://{rehearsal.bucket}/checkpoints/running/"},
+        CheckpointConfig={"S3Uri": f"s3://{emulator.bucket}/checkpoints/running/"},
     )
-    eventually(lambda: rehearsal.keys("checkpoints/running") == ["checkpoints/running/one"])
-    rehearsal.client("sagemaker").stop_training_job(TrainingJobName="checkpoints")
-    assert rehearsal.ended("checkpoints")["TrainingJobStatus"] == "Stopped"
+    eventually(lambda: emulator.keys("checkpoints/running") == ["checkpoints/running/one"])
+    emulator.client("sagemaker").stop_training_job(TrainingJobName="checkpoints")
+    assert emulator.ended("checkpoints")["TrainingJobStatus"] == "Stopped"
 
 
-def test_metrics_reach_cloudwatch(rehearsal: RehearsalProcess) -> None:
+def test_metrics_reach_cloudwatch(emulator: EmulatedAws) -> None:
     definitions = [{"Name": "val:f1", "Regex": "f1=([0-9.]+)"}, {"Name": "other", "Regex": "never=(.*)"}]
     script = "echo f1=0.5; echo f1=0.25; echo f1=..; echo 'caf\xe9'"
-    rehearsal.train("metrics", script, AlgorithmSpecification={"MetricDefinitions": definitions})
-    job = rehearsal.ended("metrics")
+    emulator.train("metrics", script, AlgorithmSpecification={"MetricDefinitions": definitions})
+    job = emulator.ended("metrics")
     assert [(one["MetricName"], one["Value"]) for one in job["FinalMetricDataList"]] == [("val:f1", 0.25)]
-    statistics = rehearsal.client("cloudwatch").get_metric_statistics(
+    statistics = emulator.client("cloudwatch").get_metric_statistics(
         Namespace="/aws/sagemaker/TrainingJobs",
         MetricName="val:f1",
         Dimensions=[{"Name": "TrainingJobName", "Value": "metrics"}],
@@ -315,11 +315,11 @@ def test_metrics_reach_cloudwatch(rehearsal: RehearsalProcess) -> None:
     assert sum(one["SampleCount"] for one in statistics["Datapoints"]) == 2
 
 
-def test_jobs_are_listed_newest_first(rehearsal: RehearsalProcess) -> None:
+def test_jobs_are_listed_newest_first(emulator: EmulatedAws) -> None:
     for name in ("listed-1", "listed-2", "listed-3"):
-        rehearsal.train(name, "exit 1" if name == "listed-2" else "true")
-        rehearsal.ended(name)
-    sagemaker = rehearsal.client("sagemaker")
+        emulator.train(name, "exit 1" if name == "listed-2" else "true")
+        emulator.ended(name)
+    sagemaker = emulator.client("sagemaker")
     first = sagemaker.list_training_jobs(NameContains="listed-", MaxResults=2)
     assert [one["TrainingJobName"] for one in first["TrainingJobSummaries"]] == ["listed-3", "listed-2"]
     rest = sagemaker.list_training_jobs(NameContains="listed-", MaxResults=2, NextToken=first["NextToken"])
