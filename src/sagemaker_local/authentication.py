@@ -32,9 +32,9 @@ class AuthenticatedApplication:
         if "HTTP_ORIGIN" in environ:
             refusal = ("AccessDenied", "requests of web pages (with an Origin header) are refused")
         elif key is None:
-            refusal = ("MissingAuthenticationToken", "requests must be signed")
+            refusal = ("MissingAuthenticationToken", "Missing Authentication Token")
         elif key != self._access_key and not _is_issued(key):
-            refusal = ("UnrecognizedClientException", "the access key is not one of this emulator")
+            refusal = ("UnrecognizedClientException", "The security token included in the request is invalid.")
         else:
             answer: Iterable[bytes] = self._application(environ, start_response)
             return answer

@@ -1,42 +1,47 @@
-"""The local AWS as a process: what it prints, where it listens, what is left of it when it is killed."""
+"""The emulator as a process: what it prints, where it listens, what is left of it when it is killed."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emulated_aws import PATIENCE, EmulatedAws, eventually, start_emulator
+from emulated_aws import PATIENCE, EmulatedAws, eventually
 from sagemaker_local import container_init
-from sagemaker_local.containers import Container, Machine
+from sagemaker_local.containers import Container, start_all
+from sagemaker_local.context import EmulatorContext
+from sagemaker_local.model_servers import HOST, reserve_port
 
 pytestmark = pytest.mark.aws
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
+    folder = tmp_path / "state"
+    folder.mkdir()
+    return folder
 
 
 def is_alive(process: int) -> bool:
-    """Whether it runs: a zombie whom nobody has waited for yet does not."""
+    """False also for a zombie that nobody has waited for yet."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_it_prints_what_to_set_and_listens_on_loopback_only(emulator: EmulatedAws) -> None:
+def test_it_prints_variables_and_listens_on_loopback_only(emulator: EmulatedAws) -> None:
     assert emulator.environment.keys() == {
         "AWS_ENDPOINT_URL",
         "AWS_ACCESS_KEY_ID",
@@ -47,7 +52,7 @@ def test_it_prints_what_to_set_and_listens_on_loopback_only(emulator: EmulatedAw
         "SAGEMAKER_LOCAL_ROLE",
     }
     port = int(emulator.endpoint.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE):
+    with socket.create_connection((HOST, port), timeout=PATIENCE):
         pass
     with socket.socket() as other, pytest.raises(OSError, match="refused"):
         other.connect(("127.0.0.2", port))  # an address that only a server on all of them would have
@@ -56,12 +61,13 @@ def test_it_prints_what_to_set_and_listens_on_loopback_only(emulator: EmulatedAw
 
 
 def test_killed_it_leaves_no_process_and_no_file(state: Path) -> None:
-    first = start_emulator(state)
+    start = partial(EmulatedAws.start, "--state", str(state), "--grace", "1")
+    first = start()
     try:
         script = """
 import os, subprocess, time
-left = subprocess.Popen(["sleep", "600"], start_new_session=True)
-print(os.getpid(), left.pid, flush=True)
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(os.getpid(), child.pid, flush=True)
 time.sleep(600)
 """
         first.train("orphan", script, program="python")
@@ -69,47 +75,108 @@ time.sleep(600)
         assert all(map(is_alive, processes))
     finally:
         first.process.send_signal(signal.SIGKILL)
-        first.process.wait()
+        first.close()
     eventually(lambda: not any(map(is_alive, processes)))
     eventually(lambda: not list(state.iterdir()))
 
-    left = state / "stocktake-rehearsal-left"  # by one whose machine went down
-    left.mkdir()
-    (left / "server.lock").touch()
-    second = start_emulator(state)
+    stale = state / "sagemaker-local-stale"  # of one whose machine went down
+    stale.mkdir()
+    (stale / "server.lock").touch()
+    second = start()
     try:
         assert len(list(state.iterdir())) == 1  # its own
-        other = start_emulator(state)  # leaves what belongs to a living one alone
+        other = start()  # leaves the folder of a living one alone
         other.close()
         assert len(list(state.iterdir())) == 1
-        second.train("after", "true")
-        assert second.ended("after")["TrainingJobStatus"] == "Completed"
+        # A job that does not end is killed with all its processes, those of another session among them.
+        script = "trap '' TERM; setsid sleep 600 & echo $$ $!; wait"
+        second.train("endless", script, StoppingCondition={"MaxRuntimeInSeconds": 1})
+        job = second.ended("endless")
+        assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
+        assert not any(is_alive(int(word)) for word in second.log("endless/")[0].split())
     finally:
         second.close()
     assert list(state.iterdir()) == []
     assert second.process.returncode == 0
 
 
-def test_a_port_in_use_is_said(stocktake: Callable[..., Any], emulator: EmulatedAws, state: Path) -> None:
-    state.mkdir()
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--port", "{port}"], "--port"),
+        (["--state", "{state}/none"], "--state"),
+        (["--port", "70000"], "--port"),
+        (["--image", "no-command"], "--image"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_line(
+    emulator: EmulatedAws, state: Path, options: list[str], name: str
+) -> None:
     port = emulator.endpoint.rpartition(":")[2]
-    ended = stocktake("rehearse", "--port", port, "--state", str(state))
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert f"--port {port} cannot be had: Address already in use" in ended.err
-    ended = stocktake("rehearse", "--state", str(state / "none"))
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "No such file or directory" in ended.err
+    words = [word.format(port=port, state=state) for word in ["--state", "{state}", *options]]
+    command = [sys.executable, "-m", "sagemaker_local", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert name in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
 
 
-def test_without_a_mount_namespace_the_base_folder_is_told(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, "us-east-1", False, 1.0, 1.0, {}, numbers=itertools.count(1))
+def test_the_help_has_examples() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "sagemaker_local", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert "sagemaker-local --port" in ended.stdout
+    assert "--image" in ended.stdout
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> EmulatorContext:
+    """Of an emulator on a machine that allows no mount namespaces."""
+    return EmulatorContext(tmp_path, "us-east-1", "http://127.0.0.1:1", has_namespaces=False, grace=1.0)
+
+
+def container(context: EmulatorContext, folder: Path, script: str, on_line: Callable[[str], None]) -> Container:
+    environment = context.container_environment(folder.parent, {})
+    return Container(context, ["sh", "-c", script], folder, environment, on_line)
+
+
+def test_without_a_mount_namespace_the_base_folder_is_given(context: EmulatorContext, tmp_path: Path) -> None:
     folder = tmp_path / "1" / "algo-1" / "ml"
     folder.mkdir(parents=True)
     lines: list[str] = []
-    command = ["sh", "-c", "echo $SAGEMAKER_BASE_DIR /opt/ml; exit 5"]
-    container = Container(machine, command, folder, machine.environment(folder.parent), lines.append)
-    assert container.wait(PATIENCE) == 5
+    started = container(context, folder, "echo $SAGEMAKER_BASE_DIR /opt/ml; exit 5", lines.append)
+    assert started.wait(PATIENCE) == 5
     assert lines == [f"{folder} {folder}"]
+
+
+def test_a_host_that_cannot_be_started_ends_the_others(context: EmulatorContext, tmp_path: Path) -> None:
+    folder = tmp_path / "1" / "algo-1" / "ml"
+    folder.mkdir(parents=True)
+    lines: list[str] = []
+
+    def start_first() -> Container:
+        first = container(context, folder, "echo $$; exec sleep 600", lines.append)
+        eventually(lambda: lines)
+        return first
+
+    missing = tmp_path / "1" / "algo-2" / "ml"
+    with pytest.raises(FileNotFoundError):
+        start_all([start_first, lambda: container(context, missing, "true", lines.append)], grace=1.0)
+    assert not is_alive(int(lines[0]))
+    assert not context.running
+
+
+def test_a_reserved_port_is_kept_from_others_and_taken_by_its_server() -> None:
+    with reserve_port() as reservation:
+        port = reservation.getsockname()[1]
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((HOST, port))
+        with socket.create_server((HOST, port)) as server, socket.create_connection((HOST, port)):
+            assert server.getsockname()[1] == port
 
 
 SYSTEM_PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
@@ -132,6 +199,6 @@ def test_an_ordinary_user_gets_a_namespace_too_where_the_machine_allows_it() -> 
             "hosts": None,
         }
         command = [SYSTEM_PYTHON, "-I", "-S", script, json.dumps(order)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, **nobody) as container:
-            assert container.wait(PATIENCE) == 0
+        with subprocess.Popen(command, stdin=subprocess.PIPE, **nobody) as process:
+            assert process.wait(PATIENCE) == 0
         assert (root / "host" / "ml" / "seen").read_text() == "65534\n"

@@ -1,4 +1,4 @@
-"""What the local AWS refuses of a training job, as AWS does."""
+"""What is refused: of a training job what AWS refuses, and what is not emulated."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from botocore.exceptions import ClientError
 from emulated_aws import EmulatedAws
 
 pytestmark = pytest.mark.aws
+PLAN = "arn:aws:sagemaker:us-east-1:123456789012:training-plan/p"
 RESOURCES = {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 10}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"TrainingJobName": "under_score"}, "'trainingJobName' failed to satisfy constraint: .* pattern"),
         ({"TrainingJobName": "n" * 64}, "'trainingJobName' .* length less than or equal to 63"),
@@ -29,15 +30,14 @@ RESOURCES = {"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB
         ({"StoppingCondition": {"MaxRuntimeInSeconds": 9, "MaxWaitTimeInSeconds": 9}}, "MaxWaitTimeInSeconds"),
         ({"EnableManagedSpotTraining": True}, "Invalid MaxWaitTimeInSeconds"),
         ({"OutputDataConfig": {"S3OutputPath": "s3://no-such-bucket/out"}}, "bucket of s3://no-such-bucket/out"),
-        ({"AlgorithmSpecification": {"AlgorithmName": "also"}}, "either TrainingImage or AlgorithmName"),
         ({"AlgorithmSpecification": {"MetricDefinitions": [{"Name": "m", "Regex": "("}]}}, "regular expression"),
         ({"AlgorithmSpecification": {"ContainerArguments": ["a" * 257]}}, "containerArguments.* equal to 256"),
         ({"CheckpointConfig": {"S3Uri": "s3://b/c", "LocalPath": "/opt/mlx"}}, "LocalPath"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
-def test_a_training_job_is_refused(emulator: EmulatedAws, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ClientError, match=said) as refused:
+def test_a_training_job_is_refused(emulator: EmulatedAws, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ClientError, match=message) as refused:
         emulator.train("refused", "true", **changes)
     assert refused.value.response["Error"]["Code"] == "ValidationException"
     with pytest.raises(ClientError, match=r"not found|validation error"):
@@ -52,7 +52,7 @@ def test_missing_objects_and_duplicates_are_refused(emulator: EmulatedAws) -> No
             emulator.train("no-objects", "true", InputDataConfig=[channel])
     uri = emulator.put("once/a", "a")
     channel = {"ChannelName": "program", "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri}}}
-    with pytest.raises(ClientError, match="program is there more than once"):
+    with pytest.raises(ClientError, match="program"):
         emulator.train("two-channels", "true", InputDataConfig=[channel])
     emulator.train("once", "true")
     with pytest.raises(ClientError, match="must be unique") as refused:
@@ -66,3 +66,76 @@ def test_jobs_that_are_not_there(emulator: EmulatedAws) -> None:
     for operation in (sagemaker.describe_training_job, sagemaker.stop_training_job):
         with pytest.raises(ClientError, match="not found"):
             operation(TrainingJobName="nobody")
+
+
+def not_emulated(call: Any, **request: Any) -> str:
+    """The message of a refusal with 501, which clients do not repeat."""
+    with pytest.raises(ClientError) as refused:
+        call(**request)
+    response = refused.value.response
+    assert response["ResponseMetadata"]["HTTPStatusCode"] == 501
+    assert response["ResponseMetadata"]["RetryAttempts"] == 0
+    assert response["Error"]["Code"] == "NotEmulated"
+    return str(response["Error"]["Message"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"RetryStrategy": {"MaximumRetryAttempts": 2}}, "RetryStrategy"),
+        ({"ExperimentConfig": {"ExperimentName": "e"}}, "ExperimentConfig"),
+        ({"AlgorithmSpecification": {"TrainingInputMode": "Pipe"}}, "AlgorithmSpecification.TrainingInputMode"),
+        (
+            {
+                "ResourceConfig": RESOURCES
+                | {"TrainingPlanArn": "arn:aws:sagemaker:us-east-1:123456789012:training-plan/p"}
+            },
+            "ResourceConfig.TrainingPlanArn",
+        ),
+        ({"OutputDataConfig": {"S3OutputPath": "s3://b/o", "CompressionType": "NONE"}}, "CompressionType"),
+        (
+            {
+                "InputDataConfig": [
+                    {
+                        "ChannelName": "train",
+                        "DataSource": {"S3DataSource": {"S3DataType": "AugmentedManifestFile", "S3Uri": "s3://b/m"}},
+                    }
+                ]
+            },
+            "InputDataConfig.DataSource.S3DataSource.S3DataType",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_parameter_that_would_be_ignored_is_refused(
+    emulator: EmulatedAws, changes: dict[str, Any], parameter: str
+) -> None:
+    assert parameter in not_emulated(lambda **request: emulator.train("ignored", "true", **request), **changes)
+    with pytest.raises(ClientError, match="not found"):
+        emulator.job("ignored")
+
+
+def test_operations_that_are_not_emulated_are_refused(emulator: EmulatedAws) -> None:
+    """moto would take the first two and do nothing, and lacks the third."""
+    sagemaker = emulator.client("sagemaker")
+    assert "CreatePipeline" in not_emulated(
+        sagemaker.create_pipeline, PipelineName="p", PipelineDefinition="{}", RoleArn=emulator.role
+    )
+    assert "ListProcessingJobs" in not_emulated(sagemaker.list_processing_jobs)
+    assert "CreateHubContentReference" in not_emulated(
+        sagemaker.create_hub_content_reference,
+        HubName="h",
+        SageMakerPublicHubContentArn="arn:aws:sagemaker:us-east-1:aws:hub-content/SageMakerPublicHub/Model/m/1.0.0",
+    )
+    variant = {"VariantName": "only", "ModelName": "m", "InstanceType": "ml.m5.large", "InitialInstanceCount": 1}
+    capture = {
+        "InitialSamplingPercentage": 100,
+        "DestinationS3Uri": "s3://b/c",
+        "CaptureOptions": [{"CaptureMode": "Input"}],
+    }
+    assert "DataCaptureConfig" in not_emulated(
+        sagemaker.create_endpoint_config,
+        EndpointConfigName="captured",
+        ProductionVariants=[variant],
+        DataCaptureConfig=capture,
+    )

@@ -72,7 +72,11 @@ def described(emulator: EmulatedAws, name: str) -> dict[str, Any]:
 
 
 def ended(emulator: EmulatedAws, name: str) -> dict[str, Any]:
-    return eventually(lambda: (said := described(emulator, name))["HyperParameterTuningJobStatus"] in ENDED and said)
+    def search() -> Any:
+        search = described(emulator, name)
+        return search["HyperParameterTuningJobStatus"] in ENDED and search
+
+    return eventually(search)
 
 
 def trials(emulator: EmulatedAws, name: str, **how: Any) -> list[dict[str, Any]]:
@@ -85,27 +89,27 @@ def trials(emulator: EmulatedAws, name: str, **how: Any) -> list[dict[str, Any]]
 def test_a_search_runs_two_at_a_time_and_names_the_best(emulator: EmulatedAws) -> None:
     # Of seed 7, some choices are bad and some good.
     tune(emulator, "search", most=6, kinds=["good", "bad"], Tags=[{"Key": "stage", "Value": "tune"}])
-    said = ended(emulator, "search")
-    assert said["HyperParameterTuningJobStatus"] == "Completed", said
+    search = ended(emulator, "search")
+    assert search["HyperParameterTuningJobStatus"] == "Completed", search
     jobs = trials(emulator, "search", SortOrder="Ascending")
     assert len(jobs) == 6
-    failed = [one for one in jobs if one["TrainingJobStatus"] == "Failed"]
+    failed = [job for job in jobs if job["TrainingJobStatus"] == "Failed"]
     assert 0 < len(failed) < 6
-    assert said["TrainingJobStatusCounters"]["Completed"] == 6 - len(failed)
-    assert said["TrainingJobStatusCounters"]["NonRetryableError"] == len(failed)
-    assert said["ObjectiveStatusCounters"] == {"Succeeded": 6 - len(failed), "Pending": 0, "Failed": len(failed)}
-    assert {one["TunedHyperParameters"]["kind"] for one in failed} == {"bad"}
+    assert search["TrainingJobStatusCounters"]["Completed"] == 6 - len(failed)
+    assert search["TrainingJobStatusCounters"]["NonRetryableError"] == len(failed)
+    assert search["ObjectiveStatusCounters"] == {"Succeeded": 6 - len(failed), "Pending": 0, "Failed": len(failed)}
+    assert {job["TunedHyperParameters"]["kind"] for job in failed} == {"bad"}
     assert failed[0]["FailureReason"] == "AlgorithmError: , exit code: 1"
-    assert all(one["TrainingJobName"].startswith(f"search-{n:03d}-") for n, one in enumerate(jobs, 1))
+    assert all(job["TrainingJobName"].startswith(f"search-{n:03d}-") for n, job in enumerate(jobs, 1))
 
     objective = "FinalHyperParameterTuningJobObjectiveMetric"
-    best = max((one for one in jobs if objective in one), key=lambda one: one[objective]["Value"])
-    assert said["BestTrainingJob"]["TrainingJobName"] == best["TrainingJobName"]
+    best = max((job for job in jobs if objective in job), key=lambda job: job[objective]["Value"])
+    assert search["BestTrainingJob"]["TrainingJobName"] == best["TrainingJobName"]
     by_value = trials(emulator, "search", SortBy="FinalObjectiveMetricValue", SortOrder="Descending", MaxResults=1)
     assert by_value[0]["TrainingJobName"] == best["TrainingJobName"]
 
     job = emulator.job(best["TrainingJobName"])
-    assert job["TuningJobArn"] == said["HyperParameterTuningJobArn"]
+    assert job["TuningJobArn"] == search["HyperParameterTuningJobArn"]
     assert job["HyperParameters"] == {
         **best["TunedHyperParameters"],
         "seconds": "0",
@@ -114,7 +118,7 @@ def test_a_search_runs_two_at_a_time_and_names_the_best(emulator: EmulatedAws) -
     }
     assert 0.01 <= float(job["HyperParameters"]["lr"]) <= 1
     assert int(job["HyperParameters"]["depth"]) in range(1, 9)
-    events = [(one["TrainingStartTime"], 1) for one in jobs] + [(one["TrainingEndTime"], -1) for one in jobs]
+    events = [(job["TrainingStartTime"], 1) for job in jobs] + [(job["TrainingEndTime"], -1) for job in jobs]
     running = most_at_once = 0
     for _, step in sorted(events):
         running += step
@@ -129,8 +133,8 @@ def test_a_search_runs_two_at_a_time_and_names_the_best(emulator: EmulatedAws) -
     tune(emulator, "warm", most=2, kinds=["good", "bad"], config={"Strategy": "Bayesian"}, WarmStartConfig=warm)
     assert ended(emulator, "warm")["WarmStartConfig"] == warm
     names = {
-        one["HyperParameterTuningJobName"]
-        for one in emulator.client("sagemaker").list_hyper_parameter_tuning_jobs(StatusEquals="Completed")[
+        job["HyperParameterTuningJobName"]
+        for job in emulator.client("sagemaker").list_hyper_parameter_tuning_jobs(StatusEquals="Completed")[
             "HyperParameterTuningJobSummaries"
         ]
     }
@@ -139,35 +143,35 @@ def test_a_search_runs_two_at_a_time_and_names_the_best(emulator: EmulatedAws) -
 
 def test_a_stopped_search_stops_its_jobs(emulator: EmulatedAws) -> None:
     tune(emulator, "halted", most=8, seconds=600)
-    eventually(lambda: [one["TrainingJobStatus"] for one in trials(emulator, "halted")] == ["InProgress"] * 2)
+    eventually(lambda: [job["TrainingJobStatus"] for job in trials(emulator, "halted")] == ["InProgress"] * 2)
     emulator.client("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName="halted")
-    said = ended(emulator, "halted")
-    assert said["HyperParameterTuningJobStatus"] == "Stopped"
-    assert said["TrainingJobStatusCounters"]["Stopped"] == 2
+    search = ended(emulator, "halted")
+    assert search["HyperParameterTuningJobStatus"] == "Stopped"
+    assert search["TrainingJobStatusCounters"]["Stopped"] == 2
     assert len(trials(emulator, "halted")) == 2
 
 
 def test_a_search_whose_jobs_all_fail_has_failed(emulator: EmulatedAws) -> None:
     tune(emulator, "hopeless", most=2, kinds=["bad"])
-    said = ended(emulator, "hopeless")
-    assert said["HyperParameterTuningJobStatus"] == "Failed"
-    assert said["FailureReason"].startswith("All training jobs failed")
-    assert "BestTrainingJob" not in said
+    search = ended(emulator, "hopeless")
+    assert search["HyperParameterTuningJobStatus"] == "Failed"
+    assert search["FailureReason"].startswith("All training jobs failed")
+    assert "BestTrainingJob" not in search
 
 
 def test_a_job_worse_than_the_median_is_stopped_early(emulator: EmulatedAws) -> None:
     tune(emulator, "early", most=6, kinds=["late"], config={"TrainingJobEarlyStoppingType": "Auto"})
-    said = ended(emulator, "early")
-    assert said["HyperParameterTuningJobStatus"] == "Completed"
-    assert said["TrainingJobStatusCounters"]["Stopped"] >= 1
-    fifth = next(one for one in trials(emulator, "early") if "-005-" in one["TrainingJobName"])
+    search = ended(emulator, "early")
+    assert search["HyperParameterTuningJobStatus"] == "Completed"
+    assert search["TrainingJobStatusCounters"]["Stopped"] >= 1
+    fifth = next(job for job in trials(emulator, "early") if "-005-" in job["TrainingJobName"])
     assert fifth["TrainingJobStatus"] == "Stopped"
     assert fifth["FinalHyperParameterTuningJobObjectiveMetric"]["Value"] == -9
-    assert said["BestTrainingJob"]["TrainingJobName"] != fifth["TrainingJobName"]
+    assert search["BestTrainingJob"]["TrainingJobName"] != fifth["TrainingJobName"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"definition": {"RoleArn": "arn:aws:iam::123456789012:role/nobody"}}, "Could not assume role"),
         ({"definition": {"StaticHyperParameters": {"lr": "1"}}}, "must be disjoint: lr"),
@@ -178,8 +182,8 @@ def test_a_job_worse_than_the_median_is_stopped_early(emulator: EmulatedAws) -> 
         ),
     ],
 )
-def test_what_aws_refuses(emulator: EmulatedAws, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ClientError, match=said):
+def test_what_aws_refuses(emulator: EmulatedAws, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ClientError, match=message):
         tune(emulator, "refused", **changes)
     with pytest.raises(ClientError, match="ResourceNotFound"):
         described(emulator, "refused")
