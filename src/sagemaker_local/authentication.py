@@ -59,5 +59,5 @@ def _is_issued(key: str) -> bool:
     """Return True for keys of users, and of sessions of roles, that were made in this emulator."""
     users = (user for account in iam_backends.values() for iam in account.values() for user in iam.users.values())
     sessions = (role for account in sts_backends.values() for sts in account.values() for role in sts.assumed_roles)
-    issued = (credentials for user in users for credentials in user.access_keys)
-    return any(key == credentials.access_key_id for credentials in (*issued, *sessions))
+    keys = {credentials.access_key_id for user in users for credentials in user.access_keys}
+    return key in keys | {session.access_key_id for session in sessions}

@@ -22,7 +22,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stocktake.models.export import export_model
     from stocktake.models.majority import fit_majority
 
-    folder = tmp_path_factory.mktemp("exported") / "model"
+    folder = tmp_path_factory.mktemp("model") / "exported"
     export_model(fit_majority((1, 2, 3), 32, np.array([1, 2, 3, 2, 2])), folder)
     return folder
 
