@@ -87,10 +87,9 @@ def read_parameters(
     given.pop("experiment", None)
     given.pop("root", None)
     given.pop("workspace", None)
-    trained = config.stage if command == TUNE else command
-    if trained not in _DISTRIBUTED and settings.instance_count > 1:
+    if command not in _DISTRIBUTED and settings.instance_count > 1:
         raise StocktakeError(
-            f"instance_count {settings.instance_count}: {trained} runs on one machine; {' and '.join(_DISTRIBUTED)} "
+            f"instance_count {settings.instance_count}: {command} runs on one machine; {' and '.join(_DISTRIBUTED)} "
             "on several"
         )
     if settings.warm_start and command != TUNE:
@@ -99,13 +98,11 @@ def read_parameters(
     files: dict[str, Path | bytes] = {}
     search = None
     if command == TUNE:
-        from stocktake.aws.search import OF_THE_SEARCH, check_batches, read_search
+        from stocktake.aws.search import OF_THE_SEARCH, read_search
 
         with contextlib.chdir(project):
             search = read_search(config, parameters)
-        if trained in _DISTRIBUTED:
-            check_batches(config, search.space, processes)
-        files[SPACE] = search.space.to_json().encode()
+        files[SPACE] = json.dumps(search.space.to_dict()).encode()
         given = {name: value for name, value in given.items() if name not in OF_THE_SEARCH}
     elif command in _DISTRIBUTED:
         config.check_batch(processes)
@@ -138,12 +135,11 @@ def as_arguments(hyperparameters: Mapping[str, str], data: Path) -> tuple[str, l
         raise StocktakeError(f"the hyperparameter {COMMAND} is {command!r}: it must be one of {', '.join(JOBS)}")
     chosen: list[str] = []
     if command == TUNE:
-        from stocktake.aws.search import as_options, chosen_settings, names
-        from stocktake.tuning.space import Space
+        from stocktake.aws.search import as_options, chosen_settings, load_space, names
 
-        space = Space.from_json((data / "files" / SPACE).read_text(encoding="utf-8"))
-        settings = chosen_settings(space, hyperparameters)
-        chosen = as_options(hyperparameters.get("stage", "finetune"), settings)
+        stage = hyperparameters.get("stage", "finetune")
+        space = load_space((data / "files" / SPACE).read_text(encoding="utf-8"), stage)
+        chosen = as_options(stage, chosen_settings(space, hyperparameters))
         tuned = names(space)
         hyperparameters = {name: value for name, value in hyperparameters.items() if name not in tuned}
         command = "remote_trial"

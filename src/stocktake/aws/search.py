@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.trial import FixedTrial
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from stocktake.config import RemoteTrialConfig, TuneConfig
 from stocktake.errors import StocktakeError
-from stocktake.tuning.config_overrides import Scalar, fit_value, setting_type
-from stocktake.tuning.search_defaults import STAGES, TRIALS, StageConfig, choose_pruner, find_space, stage_config
-from stocktake.tuning.space import Choice, Dimension, Range, Space
+from stocktake.tuning.config_overrides import flat_settings, with_overrides
+from stocktake.tuning.search_defaults import DEFAULT_SPACES, STAGES, TRIALS, choose_pruner, stage_config
+from stocktake.tuning.space import Distribution, Space, find_space, parse_space
 
 OF_THE_SEARCH = frozenset(one.name for one in dataclasses.fields(TuneConfig)) - {
     one.name for one in dataclasses.fields(RemoteTrialConfig)
@@ -67,7 +67,7 @@ def read_search(config: TuneConfig, parameters: Mapping[str, str]) -> Search:
             "on this machine"
         )
     base = stage_config(config)
-    space = find_space(config.space, config.stage, base)
+    space = find_space(config.space, DEFAULT_SPACES[config.stage], base)
     pruner, epochs = choose_pruner(config), int(space.highest("epochs", getattr(base, "epochs", 1)))
     if pruner == "hyperband" and epochs < 2:
         raise StocktakeError(
@@ -86,52 +86,55 @@ def read_search(config: TuneConfig, parameters: Mapping[str, str]) -> Search:
     )
 
 
-def check_batches(config: TuneConfig, space: Space, processes: int) -> None:
-    """Raises StocktakeError where a trial's processes could not share its batch out."""
-    tuned = [one for one in space.all_dimensions() if one.setting == "batch_size"]
-    choices = [choice for one in tuned if isinstance(one, Choice) for choice in one.choices]
-    for size in choices if tuned else [config.batch_size]:
-        if isinstance(size, int):
-            dataclasses.replace(config, batch_size=size).check_batch(processes)
-
-
 # Ranges ---------------------------------------------------------------------------------------------------------------
 
 
+def load_space(text: str, stage: str) -> Space:
+    """The space of a tuning job, from the file that was uploaded for its trials.
+
+    Raises:
+        StocktakeError: the file holds none.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError:
+        raise StocktakeError(f"the tuning job's search space cannot be read: {text[:80]!r}") from None
+    return parse_space(content, STAGES[stage](), "the tuning job's search space")
+
+
 def names(space: Space) -> list[str]:
-    """Of the hyperparameters that SageMaker chooses: a dimension's, `training.optimizer=adamw/lr` below a choice."""
-    return [one.name for one in space.all_dimensions() if not _is_fixed(one)]
+    """Of the hyperparameters that SageMaker chooses: all but those with one value, which AWS takes for no range."""
+    return [
+        name
+        for name, one in space.distributions.items()
+        if isinstance(one, CategoricalDistribution) or not one.single()
+    ]
 
 
 def parameter_ranges(space: Space) -> dict[str, list[dict[str, Any]]]:
     """The space as `ParameterRanges`.
 
-    SageMaker knows no conditions: it chooses for all dimensions, and `chosen_settings` takes those that hold.
-
     Raises:
         StocktakeError: choices that are the same as text.
     """
-    ranges: dict[str, list[dict[str, Any]]] = {
-        "ContinuousParameterRanges": [],
-        "IntegerParameterRanges": [],
-        "CategoricalParameterRanges": [],
-    }
-    for one in space.all_dimensions():
-        if _is_fixed(one):
-            continue
-        if isinstance(one, Choice):
-            texts = [_text(choice) for choice in one.choices]
+    ranges: dict[str, list[dict[str, Any]]] = {}
+    for name in names(space):
+        distribution = space.distributions[name]
+        if isinstance(distribution, CategoricalDistribution):
+            texts = [_text(choice) for choice in distribution.choices]
             if twice := next((text for text in texts if texts.count(text) > 1), None):
-                raise StocktakeError(f"-P space: {one.name}: two choices are {twice} as text: keep one of them")
-            ranges["CategoricalParameterRanges"].append({"Name": one.name, "Values": texts})
+                raise StocktakeError(f"-P space: {name}: two choices are {twice} as text: keep one of them")
+            ranges.setdefault("CategoricalParameterRanges", []).append({"Name": name, "Values": texts})
             continue
-        # Every value of a stepped range gets `step` whole numbers, its own and those above: all are equally likely
-        high = one.high if one.step is None else int(one.high) + one.step - 1
-        bounds = {"MinValue": _text(one.low), "MaxValue": _text(high)}
-        scale = {"ScalingType": "Logarithmic" if one.log else "Linear"}
-        kind = "ContinuousParameterRanges" if one.step is None else "IntegerParameterRanges"
-        ranges[kind].append({"Name": one.name, **bounds, **scale})
-    return {kind: found for kind, found in ranges.items() if found}
+        high: float = distribution.high
+        if isinstance(distribution, IntDistribution):
+            # Every value of a stepped range gets `step` whole numbers, its own and those above: all are equally likely
+            high += distribution.step - 1
+        bounds = {"MinValue": _text(distribution.low), "MaxValue": _text(high)}
+        scale = {"ScalingType": "Logarithmic" if distribution.log else "Linear"}
+        kind = "IntegerParameterRanges" if isinstance(distribution, IntDistribution) else "ContinuousParameterRanges"
+        ranges.setdefault(kind, []).append({"Name": name, **bounds, **scale})
+    return ranges
 
 
 def check_number(space: Space, static: Mapping[str, str]) -> None:
@@ -144,7 +147,7 @@ def check_number(space: Space, static: Mapping[str, str]) -> None:
 
 
 def chosen_settings(space: Space, chosen: Mapping[str, str]) -> dict[str, Any]:
-    """A trial's settings by their dotted names: what SageMaker has chosen, without what does not hold.
+    """A trial's settings by their dotted names: what SageMaker has chosen.
 
     Args:
         space: of the search.
@@ -154,35 +157,28 @@ def chosen_settings(space: Space, chosen: Mapping[str, str]) -> dict[str, Any]:
         StocktakeError: a name is missing, or a text is none of the space's.
     """
     try:
-        return space.suggest(FixedTrial({one.name: _value(one, chosen) for one in space.all_dimensions()}))
-    except (KeyError, ValueError) as error:
+        return {name: _value(distribution, chosen.get(name)) for name, distribution in space.distributions.items()}
+    except (KeyError, TypeError, ValueError) as error:
         raise StocktakeError(f"the hyperparameters are not of this search's space: {error}") from None
 
 
 def as_options(stage: str, settings: Mapping[str, Any]) -> list[str]:
     """Settings as a command line has them."""
-    config: StageConfig = STAGES[stage]()
-    options = []
-    for setting, value in settings.items():
-        options += [f"--{setting}", _text(fit_value(value, setting_type(config, setting)))]
-    return options
+    values = flat_settings(with_overrides(STAGES[stage](), settings))
+    return [word for setting in settings for word in (f"--{setting}", _text(values[setting]))]
 
 
-def _is_fixed(dimension: Dimension) -> bool:
-    """Whether it has one value only, which AWS would not take for a range."""
-    return isinstance(dimension, Range) and dimension.low == dimension.high
-
-
-def _value(dimension: Dimension, chosen: Mapping[str, str]) -> Scalar:
-    if isinstance(dimension, Choice):
-        return {_text(choice): choice for choice in dimension.choices}[chosen[dimension.name]]
-    if _is_fixed(dimension):
-        return dimension.low if dimension.step is None else int(dimension.low)
-    number = min(max(float(chosen[dimension.name]), dimension.low), dimension.high + (dimension.step or 1) - 1)
-    if dimension.step is None:
-        return min(number, dimension.high)
-    low, step = int(dimension.low), dimension.step
-    return low + (round(number) - low) // step * step
+def _value(distribution: Distribution, chosen: str | None) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return {_text(choice): choice for choice in distribution.choices}[str(chosen)]
+    if distribution.single():
+        return distribution.low
+    number = float(str(chosen))
+    if isinstance(distribution, IntDistribution):
+        low, step = distribution.low, distribution.step
+        number = min(max(number, low), distribution.high + step - 1)
+        return low + (round(number) - low) // step * step
+    return min(max(number, distribution.low), distribution.high)
 
 
 def _text(value: object) -> str:

@@ -13,6 +13,7 @@ from stocktake.aws.jobs import COMPLETED, FAILED, JobSummary, SageMakerJob, log_
 from stocktake.aws.packaging import split_uri
 from stocktake.aws.parameters import SPACE
 from stocktake.aws.request import FILES, PREFIX
+from stocktake.aws.search import load_space
 from stocktake.aws.tuning_request import PARENT
 from stocktake.errors import StocktakeError
 from stocktake.tuning.space import Space
@@ -87,7 +88,7 @@ class TuningJob(SageMakerJob):
         bucket, prefix = split_uri(channels[FILES]["S3Uri"])
         with translate_aws_errors(f"the search space of {self.name}"):
             content = aws.s3.get_object(Bucket=bucket, Key=prefix + SPACE)["Body"].read()
-        return Space.from_json(content.decode())
+        return load_space(content.decode(), self.stage)
 
     @property
     def _config(self) -> Mapping[str, Any]:

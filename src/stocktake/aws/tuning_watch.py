@@ -21,16 +21,16 @@ from stocktake.aws.search import chosen_settings
 from stocktake.aws.tuning_jobs import TrialJob, TuningJob, best_of, describe_search, trials_of
 from stocktake.aws.tuning_request import METRIC
 from stocktake.config import TrackingConfig
+from stocktake.config.yaml_io import BEST, EXPERIMENT
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.local_store import FAILED, KILLED, RUNNING
 from stocktake.tracking.uploader import is_generated
-from stocktake.tuning.experiment import BEST, EXPERIMENT
 from stocktake.tuning.search_defaults import TRAINED_BY
 from stocktake.tuning.space import Space
-from stocktake.tuning.summary import best_table, in_words
+from stocktake.tuning.study import best_table, format_params
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -161,7 +161,7 @@ class SearchRuns:
             if client.get_run(run_id).info.status != status:
                 client.set_terminated(run_id, status, _milliseconds(search.ended) if search.ended else None)
         if best is not None:
-            self.say(f"best: {best.label}, val_macro_f1 {best.value:.4f}, {in_words(self._settings(best))}")
+            self.say(f"best: {best.label}, val_macro_f1 {best.value:.4f}, {format_params(self._settings(best))}")
             self.say(
                 f"train it: mlflow artifacts download -r {run_id} -a {BEST} -d . && mlflow run . -e finetune "
                 f"-P experiment={BEST}"
@@ -186,7 +186,7 @@ class SearchRuns:
             for trial in trials:
                 if trial.name not in self._children:
                     self._children[trial.name] = self._create(trial)
-                    self.say(f"trial={trial.number} begun {in_words(self._settings(trial))}")
+                    self.say(f"trial={trial.number} begun {format_params(self._settings(trial))}")
 
     def _create(self, trial: TrialJob) -> Run:
         from mlflow.entities import Param
@@ -231,7 +231,7 @@ class SearchRuns:
         value = "" if trial.value is None else f" val_macro_f1={trial.value:.4f}"
         best = best_of(trials)
         ahead = f" best={best.value:.4f} (trial {best.number})" if best else ""
-        self.say(f"trial={trial.number} {ended}{value}{ahead} {in_words(self._settings(trial))}")
+        self.say(f"trial={trial.number} {ended}{value}{ahead} {format_params(self._settings(trial))}")
 
     def _log_best(self, trials: list[TrialJob]) -> None:
         """The best value after each trial's end, at that moment: the same points, however often they are logged."""
@@ -268,7 +268,7 @@ class SearchRuns:
         if best is None:
             return line
         rows = [(str(one.number), [one.value or 0.0], self._settings(one)) for one in trials if one.is_complete]
-        return "\n".join([f"{line} Best: {best.label}, in the artifacts as `{BEST}`.", "", *best_table([METRIC], rows)])
+        return f"{line} Best: {best.label}, in the artifacts as `{BEST}`.\n\n{best_table([METRIC], rows)}"
 
     def _write_table(self, path: Path, trials: list[TrialJob]) -> None:
         names = sorted({name for trial in trials for name in self._settings(trial)})

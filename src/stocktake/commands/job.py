@@ -144,6 +144,8 @@ def _command(base: Path, workspace: Path, machines: Machines) -> list[str]:
         if machines.is_rank_zero:
             print(f"going on with {earlier.name} after an interruption", flush=True)
         arguments += ["--resume", str(earlier)]
+    if is_trial:
+        return [command, *arguments]
     return _distributed(command, arguments, hyperparameters, machines)
 
 
@@ -154,8 +156,6 @@ def _distributed(
     default = max(1, len([*Path("/dev").glob("nvidia[0-9]*")]))
     if command == "ddp":
         default = DdpConfig.nproc
-    elif hyperparameters.get("stage", "finetune") != "finetune":
-        default = 1
     nproc, nnodes = int(hyperparameters.get("nproc", default)), len(machines.hosts)
     asked = hyperparameters.get("training.world_size")
     if asked not in (None, "null", str(nproc * nnodes)):

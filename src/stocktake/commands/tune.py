@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import optuna
 import yaml
+from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from stocktake.commands.stage_runs import log_config, prepare_data, run_tags
 from stocktake.commands.study_results import record_best, record_study
-from stocktake.commands.trial import StudyFolder
-from stocktake.commands.trial_workers import TrialWorkers
+from stocktake.commands.trial_workers import Job, TrialWorkers
 from stocktake.config import TuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.local_store import KILLED, RUNNING, LocalRun
 from stocktake.tracking.past_runs import best_settings
 from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.tracking.sync import end_run
-from stocktake.tuning.search_defaults import STAGES, TRIALS, StageConfig, choose_pruner, find_space, stage_config
-from stocktake.tuning.space import Space
-from stocktake.tuning.storage import open_storage
+from stocktake.tuning.config_overrides import flat_settings
+from stocktake.tuning.search_defaults import DEFAULT_SPACES, STAGES, TRIALS, choose_pruner, stage_config
+from stocktake.tuning.space import find_space
+from stocktake.tuning.storage import (
+    DATABASE,
+    GRACE_SECONDS,
+    HEARTBEAT_SECONDS,
+    STORAGE_VARIABLE,
+    external_storage,
+    open_storage,
+    sqlite_url,
+)
 from stocktake.tuning.study import (
     OBJECTIVES,
+    StudySpec,
     best_trial,
-    create_study,
     failure_streak,
-    make_pruner,
-    requeue_unfinished,
+    format_params,
+    load_study,
+    save_spec,
+    trials_left,
 )
-from stocktake.tuning.summary import in_words
 
-_LOOK_SECONDS = 0.5
-_LEAVE_SECONDS = 40.0
+_POLL_SECONDS = 0.5
 
 
 def tune(config: TuneConfig) -> dict[str, float]:
@@ -46,173 +56,176 @@ def tune(config: TuneConfig) -> dict[str, float]:
     Returns:
         The best trial's metrics.
     """
+    url = external_storage(config.storage)
+    if config.resume is not None:
+        return _resume(config, Path(config.resume), url)
+    if len(config.objectives) > 1 and choose_pruner(config) != "none":
+        raise StocktakeError(f"--pruner {config.pruner} needs one objective: give --pruner none")
     base = stage_config(config)
-    resumed = Path(config.resume) if config.resume else None
-    if resumed is not None:
-        folder = _resumed(config, StudyFolder.open(resumed, config.tracking, config.storage))
-        base = folder.config
-    else:
-        space = find_space(config.space, config.stage, base)
+    space = find_space(config.space, DEFAULT_SPACES[config.stage], base)
+    if url is not None:
+        open_storage(url)  # refused before anything is written
     prepared = prepare_data(base)
-    tags = run_tags(base, prepared.manifest, "tune")
-    workspace = Path(base.workspace)
-    with start_run(config.tracking, workspace=workspace, name="tune", tags=tags, reopen=resumed) as run:
-        if resumed is None:
-            folder = _begun(run, config, base, space)
-            study = create_study(open_storage(folder.storage), run.folder.name, folder.objectives)
-            log_config(run, config, TuneConfig, prepared.manifest)
-            (run.artifacts / "space.yaml").write_text(
-                yaml.safe_dump(json.loads(folder.space.to_json()), sort_keys=False)
-            )
-            _warm_start(config, folder, study)
-        else:
-            study = folder.load()
-            _wait_for_earlier_workers(study, folder)
-            again = requeue_unfinished(study)
-            if again:
-                print(f"goes on with trial {', '.join(map(str, again))}, cut off before", flush=True)
-        print(f"{folder.trials} trials of {folder.stage} in {config.workers} processes: {run.folder}", flush=True)
-        try:
-            _search(config, folder, study, run)
-        finally:
-            _end_dead_trials(study, folder, config)
-            record_study(run, folder, study)
-        return record_best(run, folder, study, prepared)
-
-
-def _begun(run: TrackedRun, config: TuneConfig, base: StageConfig, space: Space) -> StudyFolder:
-    objectives = OBJECTIVES[: len(config.objectives)]
-    pruner = choose_pruner(config)
-    make_pruner(pruner, 1, objectives)  # refuses what does not go together
-    folder = StudyFolder(
-        path=run.folder,
+    spec = StudySpec(
         stage=config.stage,
-        objectives=objectives,
+        objectives=OBJECTIVES[: len(config.objectives)],
         sampler=config.sampler,
-        pruner=pruner,
+        pruner=choose_pruner(config),
         seed=config.seed,
         trials=config.trials or TRIALS,
-        nproc=config.nproc,
+        fingerprint=prepared.manifest.fingerprint,
         space=space,
         config=base,
-        database=config.storage,
     )
-    folder.write()
-    return folder
+    tags = run_tags(base, prepared.manifest, "tune")
+    with start_run(config.tracking, workspace=Path(base.workspace), name="tune", tags=tags) as run:
+        name = config.study or run.folder.name
+        run.set_tags({"study": name})
+        log_config(run, config, TuneConfig, prepared.manifest)
+        (run.artifacts / "space.yaml").write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
+        job = Job(url or sqlite_url(run.folder), name, spec, run.folder)
+        study = job.open()
+        _warm_start(config, spec, study)
+        _search(config, job, study, run)
+        return record_best(run, spec, study, prepared)
 
 
-def _resumed(config: TuneConfig, folder: StudyFolder) -> StudyFolder:
-    """The study as it was begun; only its length may change.
+def _resume(config: TuneConfig, folder: Path, url: str | None) -> dict[str, float]:
+    """Go on with the study of an earlier run, in that run. Only its length may change.
 
     Raises:
-        StocktakeError: another setting is given than it was begun with.
+        StocktakeError: there is no study in the folder, its process is alive, or it was begun with other settings.
     """
-    given, usual = stage_config(config), STAGES[config.stage]()
-    asked: dict[str, tuple[Any, Any, Any]] = {
-        field.name: (getattr(given, field.name), getattr(usual, field.name), getattr(folder.config, field.name, None))
-        for field in dataclasses.fields(given)
-        if field.name not in ("tracking", "workspace", "resume")
-    }
-    plain = TuneConfig()
-    asked |= {name: (getattr(config, name), getattr(plain, name), getattr(folder, name)) for name in ("stage", "nproc")}
-    asked["sampler"] = (config.sampler, plain.sampler, folder.sampler)
-    asked["pruner"] = (config.pruner, plain.pruner, folder.pruner)
-    asked["objectives"] = (OBJECTIVES[: len(config.objectives)], OBJECTIVES[:1], folder.objectives)
-    changed = [f"--{name} {then} (now {now})" for name, (now, usual, then) in asked.items() if now not in (usual, then)]
+    if (folder / DATABASE).is_file():
+        url = sqlite_url(folder)
+    elif url is None:
+        raise StocktakeError(
+            f"--resume {folder}: there is no {DATABASE} in it; of a study in a database give --storage, or "
+            f"{STORAGE_VARIABLE}"
+        )
+    own = dataclasses.replace(STAGES[config.stage](), tracking=config.tracking, workspace=str(folder.parent.parent))
+    name = LocalRun.open(folder).tags.get("study", folder.name)
+    study, spec = load_study(open_storage(url), name)
+    spec = dataclasses.replace(
+        spec,
+        trials=config.trials or spec.trials,
+        config=dataclasses.replace(spec.config, tracking=own.tracking, workspace=own.workspace),
+    )
+    _check_unchanged(config, spec, folder)
+    prepared = prepare_data(spec.config)
+    if prepared.manifest.fingerprint != spec.fingerprint:
+        raise StocktakeError(f"--resume {folder}: the study was begun with other data than is now in --root")
+    tags = run_tags(spec.config, prepared.manifest, "tune")
+    with start_run(
+        config.tracking, workspace=Path(spec.config.workspace), name="tune", tags=tags, reopen=folder
+    ) as run:
+        save_spec(study, spec)
+        job = Job(url, name, spec, run.folder)
+        study = job.open()
+        _search(config, job, study, run)
+        return record_best(run, spec, study, prepared)
+
+
+def _check_unchanged(config: TuneConfig, spec: StudySpec, folder: Path) -> None:
+    """Raises StocktakeError for a setting that is given and differs from what the study was begun with."""
+    now, defaults = flat_settings(config), flat_settings(TuneConfig())
+    then = flat_settings(spec.config) | {"stage": spec.stage, "sampler": spec.sampler, "pruner": spec.pruner}
+    then["objectives"] = ["macro_f1", "latency"][: len(spec.objectives)]
+    ignored = {"trials", "timeout", "workers", "storage", "study", "warm_start", "space", "resume", "workspace"}
+    changed = [
+        f"--{name} {then.get(name)} (now {value})"
+        for name, value in now.items()
+        if name.partition(".")[0] not in ignored | {"tracking"} and value not in (defaults[name], then.get(name))
+    ]
+    if config.space is not None and find_space(config.space, {}, spec.config) != spec.space:
+        changed.append("another --space")
     if changed:
-        raise StocktakeError(f"--resume {folder.path}: the study was begun with {', '.join(changed)}: leave them out")
-    if config.space is not None:
-        difference = find_space(config.space, folder.stage, folder.config).difference(folder.space)
-        if difference:
-            raise StocktakeError(f"--resume {folder.path} with another --space: {difference}; leave it out")
-    longer = dataclasses.replace(folder, trials=config.trials or folder.trials)
-    longer.write()
-    return longer
+        raise StocktakeError(f"--resume {folder}: the study was begun with {', '.join(changed)}: leave that out")
 
 
-def _warm_start(config: TuneConfig, folder: StudyFolder, study: Study) -> None:
+def _warm_start(config: TuneConfig, spec: StudySpec, study: Study) -> None:
     if not config.warm_start:
         return
-    tried: list[dict[str, Any]] = []
-    for run_name, score, settings in best_settings(config.tracking, config.task, folder.stage):
-        params = folder.space.params(settings)
-        if params is not None and params not in tried and len(tried) < config.warm_start:
-            study.enqueue_trial(params, user_attrs={"from": run_name})
-            tried.append(params)
+    enqueued: list[dict[str, Any]] = []
+    for run_name, score, settings in best_settings(config.tracking, config.task, spec.stage):
+        params = spec.space.params_of(settings)
+        if params is not None and params not in enqueued and len(enqueued) < config.warm_start:
+            study.enqueue_trial(params, user_attrs={"warm_start": run_name})
+            enqueued.append(params)
             print(f"begins with the settings of {run_name} (val/macro_f1 {score:.3f})", flush=True)
-    if not tried:
-        print(f"no earlier run of {folder.stage} on task {config.task} lies in the space: no warm start", flush=True)
+    if not enqueued:
+        print(f"no earlier run of {spec.stage} on task {config.task} lies in the space: no warm start", flush=True)
 
 
-def _search(config: TuneConfig, folder: StudyFolder, study: Study, run: TrackedRun) -> None:
-    """Keep the workers at it until the trials are used up or the time is over, and tell how each ends."""
-    told = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
-    deadline = time.monotonic() + (math.inf if config.timeout is None else config.timeout)
-    seconds = None if config.timeout is None else config.timeout
-    with TrialWorkers(folder, config.tracking, config.workers, seconds) as workers:
-        while True:
-            alive = workers.tend(study)
-            fresh = _tell(study, run, told)
-            streak = failure_streak(study) if any(trial.state is TrialState.FAIL for trial in fresh) else None
-            if streak:
-                raise StocktakeError(f"three trials in a row failed for the same reason, so the study ends: {streak}")
-            if not alive:
+def _search(config: TuneConfig, job: Job, study: Study, run: TrackedRun) -> None:
+    """Run trials until the study has them all or the time is over; record it however it ends."""
+    print(f"{job.spec.trials} trials of {job.spec.stage} in {config.workers} processes: {run.folder}", flush=True)
+    deadline = time.time() + (math.inf if config.timeout is None else config.timeout)
+    job = dataclasses.replace(job, deadline=None if config.timeout is None else deadline)
+    ended = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+    try:
+        while trials_left(study, job.spec.trials) > 0 or _repeats_killed_trials(study, job.spec.trials):
+            if time.time() >= deadline:
+                print(f"--timeout {config.timeout:g}: no further trial was begun", flush=True)
                 break
-            time.sleep(_LOOK_SECONDS)
-    if time.monotonic() > deadline:
-        print(f"--timeout {config.timeout:g}: no further trial was begun", flush=True)
+            with TrialWorkers(job, config.workers) as workers:
+                is_running = True
+                while is_running:
+                    is_running = workers.poll(study)
+                    _log_ended(study, run, ended)
+                    time.sleep(_POLL_SECONDS if is_running else 0)
+    finally:
+        _end_runs_of_dead(study, job)
+        record_study(run, job.spec, study)
 
 
-def _tell(study: Study, run: TrackedRun, told: set[int]) -> list[FrozenTrial]:
-    """A line and the run's metrics for each trial that has ended since the last look; those trials."""
+def _repeats_killed_trials(study: Study, total: int) -> bool:
+    """Whether a trial whose process was killed is to be repeated. Waits until its last heartbeat is old enough."""
+    deadline = time.monotonic() + GRACE_SECONDS + 2 * HEARTBEAT_SECONDS
+    while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
+    return trials_left(study, total) > 0
+
+
+def _log_ended(study: Study, run: TrackedRun, ended: set[int]) -> None:
+    """A line and the run's metrics for each trial that has ended since the last look.
+
+    Raises:
+        StocktakeError: the last three failed for the same reason.
+    """
     finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    fresh = [trial for trial in finished if trial.number not in told]
+    fresh = [trial for trial in finished if trial.number not in ended]
+    best = best_trial(study)
     for trial in fresh:
-        told.add(trial.number)
-        states = [one.state for one in finished if one.number in told]
-        figures = {f"trials/{state.name.lower()}": float(states.count(state)) for state in set(states)}
-        best = best_trial(study)
+        ended.add(trial.number)
+        states = [other.state.name.lower() for other in finished if other.number in ended]
+        metrics = {f"trials/{state}": float(states.count(state)) for state in states}
         if best is not None:
-            figures["best/val_macro_f1"] = best.values[0]
-        run.log_metrics(figures, step=len(told))
+            metrics["best/val_macro_f1"] = best.values[0]
+        run.log_metrics(metrics, step=len(ended))
         print(_line(trial, best), flush=True)
-    return fresh
+    reason = failure_streak(study) if any(trial.state is TrialState.FAIL for trial in fresh) else None
+    if reason:
+        raise StocktakeError(f"three trials in a row failed for the same reason, so the study ends: {reason}")
 
 
 def _line(trial: FrozenTrial, best: FrozenTrial | None) -> str:
     seconds = trial.duration.total_seconds() if trial.duration else 0.0
     if trial.state is TrialState.FAIL:
-        ended = f"failed: {trial.user_attrs.get('failure.reason')}"
+        end = f"failed: {trial.user_attrs.get('failure.reason', 'its process was killed')}"
     else:
-        value = trial.values[0] if trial.values else math.nan
-        ended = f"{trial.state.name.lower()} val_macro_f1={value:.4f}"
-    ahead = f" best={best.values[0]:.4f} (trial {best.number})" if best is not None else ""
-    return f"trial={trial.number} {ended}{ahead} seconds={seconds:.1f} {in_words(trial.params)}"
+        end = f"{trial.state.name.lower()} val_macro_f1={trial.values[0] if trial.values else math.nan:.4f}"
+    so_far = f" best={best.values[0]:.4f} (trial {best.number})" if best is not None else ""
+    return f"trial={trial.number} {end}{so_far} seconds={seconds:.1f} {format_params(trial.params)}"
 
 
-def _wait_for_earlier_workers(study: Study, folder: StudyFolder) -> None:
-    """Workers of the study's earlier process end with it; wait until the last one has closed its run."""
-    deadline = time.monotonic() + _LEAVE_SECONDS
+def _end_runs_of_dead(study: Study, job: Job) -> None:
+    """No run stays RUNNING of a trial whose worker has ended."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        while (run := _run_folder(trial, folder)) is not None and not run.lock.try_acquire():
-            if time.monotonic() > deadline:
-                raise StocktakeError(
-                    f"trial {trial.number} of {folder.path} is still in work (process {run.state.pid}): end it first"
-                )
-            time.sleep(_LOOK_SECONDS)
-        if run is not None:
-            run.lock.release()
-
-
-def _end_dead_trials(study: Study, folder: StudyFolder, config: TuneConfig) -> None:
-    """No run stays RUNNING of a trial that nobody is at."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-        run = _run_folder(trial, folder)
-        if run is not None and run.state.status == RUNNING:
-            reason = f"cut off; `stocktake tune --resume {folder.path}` goes on with it"
-            end_run(run.path, config.tracking, status=KILLED, reason=reason)
-
-
-def _run_folder(trial: FrozenTrial, folder: StudyFolder) -> LocalRun | None:
-    path = folder.path.parent / str(trial.user_attrs.get("folder"))
-    return LocalRun.open(path) if (path / "run.json").is_file() else None
+        folder = job.folder.parent / str(trial.user_attrs.get("folder"))
+        if (folder / "run.json").is_file() and LocalRun.open(folder).state.status == RUNNING:
+            reason = f"its process ended; `stocktake tune --resume {job.folder}` repeats it"
+            end_run(folder, job.spec.config.tracking, status=KILLED, reason=reason)

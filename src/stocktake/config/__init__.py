@@ -27,7 +27,6 @@ from stocktake.config.training import (
     NetworkConfig,
     PcaSvmConfig,
     TrainingConfig,
-    TrialConfig,
     TuneConfig,
 )
 from stocktake.config.versions import (
@@ -74,6 +73,5 @@ __all__ = [
     "SyntheticConfig",
     "TrackingConfig",
     "TrainingConfig",
-    "TrialConfig",
     "TuneConfig",
 ]

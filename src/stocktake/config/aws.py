@@ -7,7 +7,7 @@ from pydantic import Field
 
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.settings import Settings
-from stocktake.config.training import ClassicalConfig, DdpConfig, FrozenConfig
+from stocktake.config.training import ClassicalConfig, FinetuneConfig, FrozenConfig
 from stocktake.errors import StocktakeError
 
 
@@ -56,7 +56,7 @@ class JobsConfig(Settings):
 
 
 @dataclass
-class RemoteTrialConfig(DdpConfig, FrozenConfig, ClassicalConfig):
+class RemoteTrialConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
     """Train one trial of a search without its study, never looking at test: what a tuning job's containers start.
 
     Examples:
@@ -65,10 +65,3 @@ class RemoteTrialConfig(DdpConfig, FrozenConfig, ClassicalConfig):
 
     stage: Literal["finetune", "frozen", "classical"] = "finetune"
     """What is trained."""
-    nproc: int = 1
-    """Processes on each machine."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.nproc * self.nnodes > 1 and self.stage != "finetune":
-            raise StocktakeError(f"--stage {self.stage}: only finetune trains in several processes")

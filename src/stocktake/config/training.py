@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stocktake.config.runs import ImageConfig, TrackingConfig
+from stocktake.config.runs import ImageConfig
 from stocktake.config.settings import Settings
 from stocktake.errors import StocktakeError
 
@@ -232,12 +232,14 @@ class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
     objectives: tuple[Literal["macro_f1", "latency"], ...] = ("macro_f1",)
     """macro_f1 on val alone, or [macro_f1,latency]: also the milliseconds of one photo, as a Pareto front."""
     storage: str | None = None
-    """URL of a database for the study (sqlite:///study.db, postgresql://...). Default: a journal in the run's
+    """URL of a database for the study, without a password (sqlite:///study.db). Default: the environment variable
+    STOCKTAKE_STORAGE, where a password may stand (postgresql://user:password@host/studies), else SQLite in the run's
     folder."""
+    study: str | None = None
+    """Name of the study in its database. Several machines that give the same one search together; each may start a
+    trial more than --trials says, if they do so at the same moment. Default: the name of the run's folder."""
     warm_start: Annotated[int, Field(ge=0, le=1e4)] = 0
     """Try the settings of this many earlier runs first: the best ones of the same task and stage in the space."""
-    nproc: Annotated[int, Field(ge=1, le=256)] = 1
-    """Processes a trial: more than one make every trial of finetune a DDP job."""
     resume: str | None = None
     """Go on with the study of this run folder (workspace/runs/tune-...); its settings are kept."""
 
@@ -245,20 +247,3 @@ class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
         super().__post_init__()
         if self.objectives not in (("macro_f1",), ("macro_f1", "latency")):
             raise StocktakeError("--objectives must be [macro_f1] or [macro_f1,latency]")
-        if self.nproc > 1 and self.stage != "finetune":
-            raise StocktakeError(f"--nproc {self.nproc}: only finetune trains in several processes")
-
-
-@dataclass
-class TrialConfig(Settings):
-    """Train one trial of a study in several processes: what tune --nproc starts.
-
-    Examples:
-        stocktake trial --study workspace/runs/tune-1a2b3c --number 3
-    """
-
-    study: str
-    """Run folder of the study (workspace/runs/tune-...)."""
-    number: int
-    """Which trial; it must be in work."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, TuneConfig
-from stocktake.errors import StocktakeError
-from stocktake.tuning.space import Space, parse_space, read_space
 
 StageConfig: TypeAlias = FinetuneConfig | FrozenConfig | ClassicalConfig
 STAGES: dict[str, type[StageConfig]] = {
@@ -26,41 +23,24 @@ TRIALS = 20
 
 DEFAULT_SPACES: dict[str, dict[str, Any]] = {
     "finetune": {
-        "lr": {"log_uniform": [1e-4, 3e-3]},
-        "weight_decay": {"log_uniform": [1e-3, 0.3]},
-        "batch_size": {"categorical": [16, 32, 64]},
-        "epochs": {"integer": [4, 10]},
-        "training.freeze_epochs": {"integer": [0, 2]},
+        "lr": {"type": "float", "low": 1e-4, "high": 3e-3, "log": True},
+        "weight_decay": {"type": "float", "low": 1e-3, "high": 0.3, "log": True},
+        "batch_size": {"choices": [16, 32, 64]},
+        "epochs": {"type": "int", "low": 4, "high": 10},
+        "training.freeze_epochs": {"type": "int", "low": 0, "high": 2},
     },
     "frozen": {
-        "head.c": {"log_uniform": [1e-5, 1e-1]},
-        "head.class_weight": {"categorical": ["balanced", "none"]},
-        "image_size": {"categorical": [96, 128, 160]},
+        "head.c": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True},
+        "head.class_weight": {"choices": ["balanced", "none"]},
+        "image_size": {"choices": [96, 128, 160]},
     },
     "classical": {
-        "classical.c": {"log_uniform": [0.1, 100.0]},
-        "classical.components": {"integer": [20, 200], "log": True},
-        "classical.pixels": {"categorical": [16, 32, 48]},
+        "classical.c": {"type": "float", "low": 0.1, "high": 100.0, "log": True},
+        "classical.components": {"type": "int", "low": 20, "high": 200, "log": True},
+        "classical.pixels": {"choices": [16, 32, 48]},
     },
 }
 """The space of a stage that is given none, as its YAML would hold it."""
-
-
-def find_space(given: str | None, stage: str, config: StageConfig) -> Space:
-    """The search space of a file, or the stage's own.
-
-    Raises:
-        StocktakeError: no such file, or no space over the stage's settings.
-    """
-    if given is None:
-        return parse_space(DEFAULT_SPACES[stage], config, f"the space of {stage}")
-    for path in (Path(given), Path("experiments") / f"{given}.space.yaml"):
-        if path.is_file():
-            return read_space(path, config)
-    there = ", ".join(
-        sorted(path.name.removesuffix(".space.yaml") for path in Path("experiments").glob("*.space.yaml"))
-    )
-    raise StocktakeError(f"--space {given}: no such file; in experiments/ there are: {there or 'none'}")
 
 
 def stage_config(config: Any) -> StageConfig:

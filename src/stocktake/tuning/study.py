@@ -1,167 +1,144 @@
-"""Optuna without surprises: storages that survive a kill, trials that are repeatable and handed out once.
-
-One process, or several side by side: each opens the storage itself (never across a fork, where two would pass for one)
-and takes trials under one lock.
-"""
+"""Studies: what all trials share, samplers, pruners, how many trials are left, and why trials failed."""
 
 from __future__ import annotations
 
-import math
-import os
+import dataclasses
 import re
 import warnings
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import optuna
-import pandas as pd
-from optuna.distributions import BaseDistribution
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
-from stocktake.tuning.space import Space
+from stocktake.tuning.config_overrides import flat_settings, with_overrides
+from stocktake.tuning.search_defaults import STAGES, StageConfig
+from stocktake.tuning.space import Space, parse_space
 
 OBJECTIVES = ("val/macro_f1", "latency_ms")
-"""What a study may be after: the first alone, or both."""
-DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize")
-SAMPLERS = ("tpe", "random")
-PRUNERS = ("asha", "hyperband", "median", "none")
+"""What a study optimizes: the first alone, or both."""
+_DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize")
+_STARTUP_TRIALS = 6
+"""Trials drawn at random before TPE begins: Optuna's 10 would be half of a small study."""
+_SPEC = "spec"
+_NOT_SHARED = ("tracking", "workspace", "resume")
+"""Settings of a machine and a moment, which a study does not keep."""
 
-# Optuna tells of every trial on stderr; a study here has a log of its own.
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-# Studies --------------------------------------------------------------------------------------------------------------
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # `tune` prints a line a trial itself
 
 
-def create_study(
-    storage: BaseStorage, name: str, objectives: Sequence[str] = OBJECTIVES[:1], pruner: BasePruner | None = None
-) -> Study:
-    """A new study.
+@dataclass(frozen=True)
+class StudySpec:
+    """What all trials of a study share. The study keeps it, so that a resumed one goes on as it was begun."""
 
-    Args:
-        storage: of `open_storage`.
-        name: of the study.
-        objectives: the first of OBJECTIVES to make large, or both, with the second to make small.
-        pruner: of `make_pruner`. Default: none; Optuna's own default would prune.
+    stage: str
+    objectives: tuple[str, ...]
+    sampler: str
+    pruner: str
+    seed: int
+    trials: int
+    """How many the study has in all."""
+    fingerprint: str
+    """Of the data."""
+    space: Space
+    config: StageConfig
+    """The settings that the space does not vary."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the study keeps it."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings = flat_settings(self.config)
+        shared = {name: value for name, value in settings.items() if name.partition(".")[0] not in _NOT_SHARED}
+        return kept | {"space": self.space.to_dict(), "config": shared, "objectives": [*self.objectives]}
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any], config: StageConfig | None = None) -> StudySpec:
+        """The spec of `to_dict`; settings that it does not keep come from `config`."""
+        stage_config = with_overrides(config or STAGES[kept["stage"]](), kept["config"])
+        space = parse_space(kept["space"], stage_config, "the study's space")
+        return cls(**{**kept, "objectives": tuple(kept["objectives"]), "space": space, "config": stage_config})
+
+    def max_epochs(self) -> int:
+        """The longest that a trial may train."""
+        return int(self.space.highest("epochs", getattr(self.config, "epochs", 1)))
+
+
+def create_study(storage: BaseStorage, name: str, spec: StudySpec) -> Study:
+    """A new study; or the one of this name that another machine has begun with the same spec.
 
     Raises:
-        StocktakeError: there is a study of this name, or objectives that are none.
+        StocktakeError: there is a study of this name with another spec.
     """
-    objectives = tuple(objectives)
-    if objectives not in (OBJECTIVES[:1], OBJECTIVES):
-        raise StocktakeError(
-            f"a study cannot be after {', '.join(objectives) or 'nothing'}: "
-            f"take {OBJECTIVES[0]} alone, or {' and '.join(OBJECTIVES)}"
-        )
-    try:
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=DIRECTIONS[: len(objectives)], pruner=pruner or NopPruner()
-        )
-    except DuplicatedStudyError:
-        raise StocktakeError(f"there is a study {name} already; resume it, or choose another name") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names([*objectives])  # for the axes of figures, and for other tools that open the storage
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of metric names
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=_DIRECTIONS[: len(spec.objectives)], load_if_exists=True
+        )
+        kept = study.user_attrs.get(_SPEC)
+        if kept is not None:
+            changed = differences(spec.to_dict(), kept)
+            if changed:
+                raise StocktakeError(f"the study {name} exists with another {', '.join(changed)}: choose another name")
+        else:
+            study.set_metric_names([*spec.objectives])
+            save_spec(study, spec)
+    study.pruner = make_pruner(spec.pruner, spec.max_epochs())
     return study
 
 
-def load_study(storage: BaseStorage, name: str, pruner: BasePruner | None = None) -> Study:
-    """A study that is there.
+def load_study(storage: BaseStorage, name: str, config: StageConfig | None = None) -> tuple[Study, StudySpec]:
+    """A study that exists, and its spec with the machine's own settings from `config`.
 
     Raises:
         StocktakeError: there is none of this name.
     """
     try:
-        return optuna.load_study(study_name=name, storage=storage, pruner=pruner or NopPruner())
+        study = optuna.load_study(study_name=name, storage=storage)
+        spec = StudySpec.from_dict(study.user_attrs[_SPEC], config)
     except KeyError:
-        there = ", ".join(sorted(optuna.get_all_study_names(storage))) or "none"
-        raise StocktakeError(f"there is no study {name}; the studies there are: {there}") from None
+        raise StocktakeError(f"there is no study {name} in the database") from None
+    study.pruner = make_pruner(spec.pruner, spec.max_epochs())
+    return study, spec
 
 
-def objectives_of(study: Study) -> tuple[str, ...]:
-    """What the study is after."""
-    return OBJECTIVES[: len(study.directions)]
+def save_spec(study: Study, spec: StudySpec) -> None:
+    """Keep the spec in its study."""
+    study.set_user_attr(_SPEC, spec.to_dict())
 
 
-# Samplers and pruners -------------------------------------------------------------------------------------------------
-
-_STARTUP = 6
-"""Trials drawn at random before TPE begins: Optuna's 10 would be half of a small study."""
-
-
-class _RandomByName(RandomSampler):
-    """Draws each parameter at random, from seed, trial number and parameter name alone.
-
-    So that nothing else matters: not which parameters were drawn before it, by whom, or whether the worker that drew
-    them was killed halfway.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self._seed = seed
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        sampler = RandomSampler(_derived(self._seed, trial.number, zlib.crc32(param_name.encode())))
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
-
-
-def _derived(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def differences(spec: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of what two kept specs do not share. `trials` may differ, and `root`: the data's fingerprint decides."""
+    names = [name for name in spec if name not in ("trials", "config") and spec[name] != other.get(name)]
+    settings = spec["config"].keys() | other["config"].keys()
+    changed = {name for name in settings if spec["config"].get(name) != other["config"].get(name)}
+    return [*names, *sorted(changed - {"root"})]
 
 
 def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
-    """The sampler of one trial.
-
-    Made anew for each: its state would not outlive a process, nor be shared by several.
-
-    Args:
-        name: tpe or random.
-        seed: of the study.
-        number: of the trial.
-
-    Raises:
-        StocktakeError: no such sampler.
-    """
-    if name not in SAMPLERS:
-        raise StocktakeError(f"there is no sampler {name}: take one of {', '.join(SAMPLERS)}")
+    """The sampler of one trial, by its number: with `random`, its parameters depend on seed and number alone."""
+    derived = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
     if name == "random":
-        return _RandomByName(seed)
+        return RandomSampler(derived)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # of group: what holds only under a choice is modelled too
-        return TPESampler(
-            n_startup_trials=_STARTUP, multivariate=True, group=True, constant_liar=True, seed=_derived(seed, number)
-        )
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of multivariate, constant_liar
+        return TPESampler(n_startup_trials=_STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=derived)
 
 
-def make_pruner(name: str, max_epochs: int, objectives: Sequence[str] = OBJECTIVES[:1]) -> BasePruner:
-    """What ends trials early, by the values they report.
-
-    Report a trial's epochs by their numbers, from 1, and do not ask about the last one: it would save nothing.
+def make_pruner(name: str, max_epochs: int) -> BasePruner:
+    """What ends trials early, by the values that they report at epochs 1, 2, ...
 
     Args:
         name: asha, hyperband, median or none.
         max_epochs: the longest that a trial may train.
-        objectives: of the study.
-
-    Raises:
-        StocktakeError: no such pruner, or two objectives.
     """
-    if name not in PRUNERS:
-        raise StocktakeError(f"there is no pruner {name}: take one of {', '.join(PRUNERS)}")
-    if name != "none" and len(objectives) > 1:
-        raise StocktakeError(
-            f"the pruner {name} cannot weigh {' against '.join(objectives)}: take none, or one objective alone"
-        )
     if name == "none" or max_epochs < 2:
         return NopPruner()
     if name == "hyperband":
@@ -172,158 +149,62 @@ def make_pruner(name: str, max_epochs: int, objectives: Sequence[str] = OBJECTIV
     return SuccessiveHalvingPruner(min_resource=max(1, max_epochs // 4), reduction_factor=2)
 
 
-# Trials ---------------------------------------------------------------------------------------------------------------
+def trials_left(study: Study, total: int) -> int:
+    """How many trials may still be started. A trial that is repeated after its process was killed does not count."""
+    trials = study.get_trials(deepcopy=False)
+    repeated = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+    started = [trial for trial in trials if trial.state is not TrialState.WAITING and trial.number not in repeated]
+    return total - len(started)
 
 
-def take_trial(study: Study, space: Space, *, sampler: str, seed: int, budget: int, lock: FileLock) -> Trial | None:
-    """The next trial, RUNNING and with its parameters stored; `space.suggest(trial)` has them as settings.
-
-    Trials that wait (enqueued, or re-queued after a kill) come first, by number. Workers on one machine never get the
-    same trial, nor more than the budget together. (On several machines, over a database, they never get the same one
-    either; but with a lock for each machine, the last ones at once may exceed the budget.)
-
-    Args:
-        study: of this process.
-        space: the study's.
-        sampler: tpe or random.
-        seed: makes trial k's parameters; with `random` nothing but seed and k does.
-        budget: how many trials the study may have; those that wait count when they are taken.
-        lock: the same file for all workers of the study.
-
-    Returns:
-        None when the budget is used up. The trial's attribute `worker` is this process's id.
-    """
-    with lock:
-        trials = study.get_trials(deepcopy=False)
-        if sum(trial.state is not TrialState.WAITING for trial in trials) >= budget:
-            return None
-        make_sampler(sampler, seed, 0)  # refuses a name before there is a trial
-        trial = study.ask()
-        trial.set_user_attr("worker", os.getpid())
-        study.sampler = make_sampler(sampler, seed, trial.number)
-        space.suggest(trial)  # here, so that the next worker's sampler sees what this one is about to try
-        return trial
-
-
-def requeue_unfinished(study: Study) -> list[int]:
-    """Let trials that were running when their process ended wait again; their numbers.
-
-    They keep their numbers, parameters, attributes and reported values. Only for when no worker is at the study: a
-    trial in work would be handed out twice.
-    """
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in running:
-        # Optuna has no public way back to WAITING; every storage of it allows the step.
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-    return [trial.number for trial in running]
-
-
-def finish(
-    study: Study,
-    trial: Trial | int,
-    state: TrialState,
-    values: Sequence[float] | None = None,
-    reason: str | None = None,
-    kind: str | None = None,
-) -> None:
-    """End a trial that is running.
-
-    Args:
-        study: its study.
-        trial: it, or its number.
-        state: COMPLETE, PRUNED (its last reported value is its value) or FAIL. A trial that is COMPLETE with a value
-            that is no finite number has failed.
-        values: one an objective; looked at only of COMPLETE ones.
-        reason: why it failed, in a line; kept as the attribute failure.reason.
-        kind: of `failure_kind`, kept as failure.kind. Default: the reason's own.
-    """
-    number = trial if isinstance(trial, int) else trial.number
-    if state is TrialState.COMPLETE:
-        told = dict(zip(objectives_of(study), values or (), strict=True))
-        lost = [f"{name} is {value}" for name, value in told.items() if not math.isfinite(value)]
-        if lost:
-            state, reason, kind = TrialState.FAIL, ", ".join(lost), None
-    if state is TrialState.FAIL:
-        reason = reason or "no reason is known"
-        trial_id = study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
-        for key, text in (("failure.reason", reason), ("failure.kind", kind or _alike(reason))):
-            study._storage.set_trial_user_attr(trial_id, key, text)
-    study.tell(number, [*values] if state is TrialState.COMPLETE and values else None, state)
+def best_trial(study: Study) -> FrozenTrial | None:
+    """The completed trial with the highest first objective, of equals the first; None when none is completed."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return max(complete, key=lambda trial: (trial.values[0], -trial.number), default=None)
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
 
-_PARTICULARS = re.compile(
-    r"0x[0-9a-fA-F]+"
-    r"|\b\w+://\S+"
-    r"|(?:(?<![\w.])[.~]{0,2}/|\b\w+/)[^\s'\",;:()\[\]]+"  # paths
-    r"|\b(?=\w*\d)[0-9a-fA-F]{6,}\b"  # digests
-    r"|[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-    r"|\b(?:nan|inf)\b"
-)
+REASON, KIND = "failure.reason", "failure.kind"
+"""Attributes of a failed trial."""
+_PARTICULARS = re.compile(r"\w+://\S+|[\w.~-]*/\S+|\b0x[0-9a-f]+|[-+]?\d[\d.]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b", re.I)
 
 
 def failure_kind(error: BaseException) -> str:
-    """What failures for the same cause have in common: the error's type, and the first line of its message without
-    numbers, paths and digests."""
-    return f"{type(error).__name__}: {_alike(str(error))}"
-
-
-def _alike(message: str) -> str:
-    first = next(iter(message.strip().splitlines()), "")
-    return " ".join(_PARTICULARS.sub("#", first).split())[:200]
+    """What failures for the same cause share: the error's type, and its first line without numbers and paths."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {' '.join(_PARTICULARS.sub('#', first).split())[:200]}"
 
 
 def failure_streak(study: Study, length: int = 3) -> str | None:
-    """Why the last trials failed, if the last `length` to finish all failed with one kind; else None.
-
-    Ask after a trial has failed, not before the first one of a resumed study: the cause may have been mended.
-    """
+    """Why the last trials failed, if the last `length` to finish all failed with one kind; else None."""
     ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
     ended.sort(key=lambda trial: (trial.datetime_complete.timestamp() if trial.datetime_complete else 0, trial.number))
     last = ended[-length:]
-    kinds = {trial.user_attrs.get("failure.kind") for trial in last if trial.state is TrialState.FAIL}
-    if len(last) < length or len(kinds) > 1 or any(trial.state is not TrialState.FAIL for trial in last):
+    kinds = {trial.user_attrs.get(KIND) if trial.state is TrialState.FAIL else None for trial in last}
+    if len(last) < length or len(kinds) > 1 or None in kinds:
         return None
-    return str(last[-1].user_attrs.get("failure.reason", "no reason is known"))
+    return str(last[-1].user_attrs[REASON])
 
 
-# Results --------------------------------------------------------------------------------------------------------------
+# Words ----------------------------------------------------------------------------------------------------------------
 
 
-def trials_table(study: Study) -> pd.DataFrame:
-    """One row a trial, by number.
+def format_params(params: Mapping[str, Any]) -> str:
+    """lr=0.001 batch_size=32"""
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
+    )
 
-    Columns: number, state (complete, pruned, fail, running, waiting), an objective each, seconds (of its last try;
-    until it ended), a parameter each by Optuna's name (missing where it does not hold), reason (of a failure), run
-    (the MLflow run that the attribute `run` names).
+
+def best_table(objectives: Sequence[str], trials: Sequence[tuple[str, Sequence[float], Mapping[str, Any]]]) -> str:
+    """The ten trials that did best, as a Markdown table.
+
+    Args:
+        objectives: their names; the first one is to be large.
+        trials: number, one value an objective, params.
     """
-    objectives = objectives_of(study)
-    trials = study.get_trials(deepcopy=False)
-    names = sorted({name for trial in trials for name in trial.params})
-    rows = []
-    for trial in trials:
-        values = dict(zip(objectives, _values(trial), strict=False))  # a pruned trial may have none
-        row = {"number": trial.number, "state": trial.state.name.lower()}
-        row |= {name: values.get(name) for name in objectives}
-        row |= {"seconds": trial.duration.total_seconds() if trial.duration else None}
-        row |= {name: trial.params.get(name) for name in names}
-        rows.append(row | {"reason": trial.user_attrs.get("failure.reason"), "run": trial.user_attrs.get("run")})
-    columns = ["number", "state", *objectives, "seconds", *names, "reason", "run"]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.astype(dict.fromkeys((*objectives, "seconds"), "float64"))
-
-
-def best_trial(study: Study) -> FrozenTrial | None:
-    """The completed trial with the highest first objective, of equals the first one; None when none is completed."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return max(complete, key=lambda trial: (_values(trial)[0], -trial.number), default=None)
-
-
-def pareto_front(study: Study) -> list[FrozenTrial]:
-    """The completed trials that no other one beats in all objectives, highest first objective first."""
-    return sorted(study.best_trials, key=lambda trial: (-_values(trial)[0], trial.number))
-
-
-def _values(trial: FrozenTrial) -> Sequence[float]:
-    return trial.values or ()  # noqa: PD011 - no pandas here
+    lines = ["| trial | " + " | ".join(objectives) + " | settings |", "|" + "---|" * (len(objectives) + 2)]
+    for number, values, params in sorted(trials, key=lambda trial: -trial[1][0])[:10]:
+        lines.append(f"| {number} | {' | '.join(f'{value:.4g}' for value in values)} | {format_params(params)} |")
+    return "\n".join(lines)

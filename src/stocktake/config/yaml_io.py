@@ -1,6 +1,4 @@
-"""A config as an experiment's file: what a trial found, ready for `--experiment`."""
-
-from __future__ import annotations
+"""A config as an experiment's file: the settings that differ from the defaults, for `--experiment`."""
 
 import dataclasses
 import re
@@ -10,19 +8,16 @@ from typing import Any
 
 import yaml
 
-from stocktake.files import atomic_path
+from stocktake.files import atomic_write
 
 EXPERIMENT, BEST = "experiment.yaml", "best.yaml"
 """In a run's artifacts: a trial's own settings, and those of a search's best trial."""
 LEFT_OUT = frozenset({"workspace", "tracking", "resume"})
 """Settings of the machine and the moment, not of the experiment."""
 
-_PLAIN = re.compile(r"[A-Za-z](?:[\w./]*\w)?|\d{1,2}-\d{1,2}", re.ASCII)
-_NOT_TEXT = frozenset({"y", "n", "null", "true", "false", "yes", "no", "on", "off", "nan", "inf", "infinity"})
-
 
 def write_experiment(path: Path, config: Any, header_lines: Sequence[str]) -> None:
-    """Write the settings of a config that differ from its class's defaults, beside the place and then moved there.
+    """Write the settings of a config that differ from its class's defaults.
 
     Args:
         path: the YAML file; its folder is made when it is not there.
@@ -31,17 +26,16 @@ def write_experiment(path: Path, config: Any, header_lines: Sequence[str]) -> No
         header_lines: stand first, as comments; the first one is the command, as in experiments/*.yaml.
     """
     comments = "".join(f"# {line}".rstrip() + "\n" for text in header_lines for line in text.splitlines() or [""])
-    settings = _differing(config, type(config)(), LEFT_OUT)
+    settings = {name: value for name, value in _differing(config, type(config)()).items() if name not in LEFT_OUT}
     dumped = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000) if settings else ""
-    with atomic_path(path) as beside:
-        beside.write_text(comments + dumped, encoding="utf-8")
+    atomic_write(path, comments + dumped)
 
 
-def _differing(config: Any, default: Any, left_out: frozenset[str] = frozenset()) -> dict[str, Any]:
+def _differing(config: Any, default: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), getattr(default, field.name)
-        if field.name in left_out or value == usual:
+        if value == usual:
             continue
         if dataclasses.is_dataclass(value):
             settings[field.name] = _differing(value, usual)
@@ -51,12 +45,12 @@ def _differing(config: Any, default: Any, left_out: frozenset[str] = frozenset()
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML whose text stays text for every reader: PyYAML leaves 1e3 bare, and YAML 1.2 readers see a number."""
+    """YAML 1.1 in which every text that a reader of YAML 1.2 could take for a number or a word is in quotes."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    plain = _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+    is_number_like = re.fullmatch(r"[-+.\d][\w.+]*|(?i:[yn]|nan|inf|infinity)", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if is_number_like else None)
 
 
 def _list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.SequenceNode:
