@@ -18,15 +18,16 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
-from stocktake.commands.trial import StudyFolder
 from stocktake.commands.tune import tune
 from stocktake.config import SyntheticConfig, TrackingConfig, TuneConfig
+from stocktake.tuning.storage import open_storage, sqlite_url
+from stocktake.tuning.study import load_study
 
 SPACE = """\
-lr: {log_uniform: [1.0e-5, 1.0e-1]}
-weight_decay: {log_uniform: [1.0e-3, 0.3]}
-batch_size: {categorical: [16, 32, 64]}
-training.freeze_epochs: {integer: [0, 2]}
+lr: {type: float, low: 1.0e-5, high: 1.0e-1, log: true}
+weight_decay: {type: float, low: 1.0e-3, high: 0.3, log: true}
+batch_size: {choices: [16, 32, 64]}
+training.freeze_epochs: {type: int, low: 0, high: 2}
 """
 
 
@@ -51,8 +52,7 @@ def search(folder: Path, pruner: str, trials: int, seed: int) -> list[FrozenTria
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         tune(config)
     (path,) = set((workspace / "runs").glob("tune-*")) - before
-    study = StudyFolder.open(path, config.tracking).load()
-    return sorted(study.get_trials(), key=lambda trial: trial.number)
+    return load_study(open_storage(sqlite_url(path)), path.name)[0].get_trials()
 
 
 def seconds(trials: list[FrozenTrial]) -> float:

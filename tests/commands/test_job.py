@@ -19,7 +19,6 @@ from stocktake.commands.job import job, read_machines, unfinished_run
 from stocktake.config import JobConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.local_store import FINISHED, KILLED, LocalRun
-from stocktake.tuning.space import Range, Space
 from tiny_bins import PLAIN_BACKBONE, TINY_SIZE
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
@@ -73,8 +72,8 @@ def test_a_trial_of_a_tuning_job_keeps_its_run_to_itself(
     chosen = {"classical.components": "7", "_tuning_objective_metric": "val/macro_f1"}
     base = container(command="tune", stage="classical", **TINY, **chosen, **{"tracking.system_metrics": "false"})
     (base / "input" / "data" / "files").mkdir()
-    space = Space((Range("classical.components", "classical.components", 5, 20, step=1),))
-    (base / "input" / "data" / "files" / "search-space.json").write_text(space.to_json())
+    space = {"classical.components": {"type": "int", "low": 5, "high": 20}}
+    (base / "input" / "data" / "files" / "search-space.json").write_text(json.dumps(space))
     job(JobConfig(base=str(base)))
     (run,) = (base / "output" / "data" / "runs").iterdir()
     folder = LocalRun.open(run)
