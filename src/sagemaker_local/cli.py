@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 READY = "# ready"
@@ -88,14 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _integer(least: int, most: int) -> type[int]:
+def _integer(least: int, most: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = int(text)
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
         return value
 
-    return integer  # type: ignore[return-value]
+    return integer
 
 
 def _image(text: str) -> tuple[str, list[str]]:

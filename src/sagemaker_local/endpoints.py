@@ -16,7 +16,7 @@ from moto.sagemaker.responses import SageMakerResponse
 from sagemaker_local.cloudwatch import LogStream
 from sagemaker_local.context import EmulatorContext
 from sagemaker_local.jobs import Operations, check_role
-from sagemaker_local.model_servers import ModelServer, ModelServerError, NotReadyError, model_uri
+from sagemaker_local.model_servers import ModelServer, ModelServerError, model_data
 from sagemaker_local.service_model import require
 from sagemaker_local.storage import Storage
 
@@ -134,13 +134,8 @@ class Endpoint(FakeEndpoint):
                 started[name] = self._start(variant)
             for name in started:
                 started[name].wait_ready()
-        except NotReadyError as error:
-            reason = (
-                f"The primary container for production variant {name} {error}. Please check CloudWatch logs for this "
-                "endpoint."
-            )
         except ModelServerError as error:
-            reason = str(error)
+            reason = f"The container for production variant {name} {error}. See the endpoint's CloudWatch logs."
         except Exception as error:  # any error must end the creation
             reason = f"InternalServerError: {type(error).__name__}: {error}"
         if reason:
@@ -171,7 +166,7 @@ class Endpoint(FakeEndpoint):
 def _describe(variant: dict[str, Any], before: dict[str, Any], servers: dict[str, ModelServer]) -> dict[str, Any]:
     """Return a variant of a configuration as in DescribeEndpoint's answer."""
     name = variant["VariantName"]
-    image = servers[name].container_spec.get("Image")
+    image = servers[name].image
     described: dict[str, Any] = {"VariantName": name}
     described |= {"DeployedImages": [{"SpecifiedImage": image, "ResolvedImage": image}]} if image else {}
     values = {"Weight": variant.get("InitialVariantWeight", 1.0), "InstanceCount": variant.get("InitialInstanceCount")}
@@ -197,7 +192,7 @@ def operations() -> Operations:
         containers = request.get("Containers") or [request.get("PrimaryContainer")]
         if len(containers) != 1 or containers[0] is None:
             raise ValidationError(message="A model needs one container; pipelines of several are not emulated.")
-        uri = model_uri(containers[0])
+        uri, _ = model_data(containers[0])
         if uri is not None and not Storage(backend).keys(uri):
             raise ValidationError(message=f"Could not find model data at {uri}.")
         return moto_create_model(response)

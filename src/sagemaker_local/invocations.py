@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
 from typing import Any, cast
 
+import urllib3
 from moto.cloudwatch.models import cloudwatch_backends
 from moto.core.common_types import TYPE_RESPONSE
 from moto.core.utils import utcnow
@@ -62,10 +62,10 @@ def invoke(response: SageMakerRuntimeResponse, payload: bytes) -> TYPE_RESPONSE:
     began = time.perf_counter()
     try:
         reply = server.invoke(payload, headers)
-        status, text, kind = reply.status, reply.body.decode("utf-8", "replace"), reply.headers.get("content-type")
-    except TimeoutError:
+        status, text, kind = reply.status, reply.data.decode("utf-8", "replace"), reply.headers.get("content-type")
+    except urllib3.exceptions.TimeoutError:
         status, text = 0, "Your invocation timed out while waiting for a response from container primary"
-    except (OSError, http.client.HTTPException) as error:
+    except urllib3.exceptions.HTTPError as error:
         status, text = 503, f"{type(error).__name__}: the container gave no answer"
     _measure(response, name, variant, status, time.perf_counter() - began)
     if not 200 <= status < 300:
@@ -78,7 +78,7 @@ def invoke(response: SageMakerRuntimeResponse, payload: bytes) -> TYPE_RESPONSE:
     answer = {"Content-Type": kind or "application/octet-stream", "x-Amzn-Invoked-Production-Variant": variant}
     if attributes := reply.headers.get("x-amzn-sagemaker-custom-attributes"):
         answer["X-Amzn-SageMaker-Custom-Attributes"] = attributes
-    return 200, answer, reply.body
+    return 200, answer, reply.data
 
 
 def _refused(status: int, kind: str | None, message: str, **more: Any) -> TYPE_RESPONSE:

@@ -1,18 +1,17 @@
-"""A model's container: its data unpacked, the serving image's program on a port of this machine, asked over HTTP."""
+"""A model's container: its data unpacked, the image's `serve` on a port of this machine, asked over HTTP."""
 
 from __future__ import annotations
 
-import http.client
+import http
 import shutil
 import socket
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import urllib3
 from moto.sagemaker.models import SageMakerModelBackend
 
 from sagemaker_local.cloudwatch import LogStream
@@ -26,21 +25,7 @@ _POLL_SECONDS = 0.1
 
 
 class ModelServerError(Exception):
-    """A server that cannot be started: the reason, as AWS words it."""
-
-
-class NotReadyError(ModelServerError):
-    """A server whose program ended, or did not answer /ping in time."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a model's container answered."""
-
-    status: int
-    headers: dict[str, str]
-    """Names in lower case."""
-    body: bytes
+    """Why a server did not come up; goes on from "The container"."""
 
 
 class ModelServer:
@@ -58,29 +43,32 @@ class ModelServer:
 
         Raises:
             ModelServerError: the model's data cannot be fetched.
+            OSError: the container cannot be started.
         """
-        self.container_spec = container_of(backend, model_name)
+        model = backend.describe_model(model_name)
+        container = model.primary_container or model.containers[0]
+        self.image: str = container.get("Image", "")
         self._context = context
         self._scratch = context.folder / str(context.next_number())
         folder = self._scratch / "ml"
+        (folder / "model").mkdir(parents=True)
+        uri, is_archive = model_data(container)
+        storage = Storage(backend)
         try:
-            _fetch_model(Storage(backend), self.container_spec, folder)
+            if uri and is_archive:
+                storage.unpack(uri, folder / "model")
+            elif uri:
+                storage.download(storage.objects(uri), folder / "model")
         except (OSError, tarfile.TarError, UnsafePathError) as error:
             shutil.rmtree(self._scratch, ignore_errors=True)
-            raise ModelServerError(
-                f'Failed to download model data for container "container_1" from URL: '
-                f'"{model_uri(self.container_spec)}". Please ensure that there is an object located at the URL, and '
-                f"that it is a .tar.gz: "
-                f"{type(error).__name__}."
-            ) from None
+            raise ModelServerError(f"failed to download model data from {uri}: {type(error).__name__}") from None
         self._port = reserve_port()
-        self.port = int(self._port.getsockname()[1])
-        variables = context.container_environment(self._scratch, role_variables(backend, role_of(backend, model_name)))
-        variables["SAGEMAKER_BIND_TO_PORT"] = str(self.port)
-        variables |= self.container_spec.get("Environment") or {}
-        command = [*context.entry_point(self.container_spec.get("Image", "")), "serve"]
+        variables = context.container_environment(self._scratch, role_variables(backend, model.execution_role_arn))
+        variables["SAGEMAKER_BIND_TO_PORT"] = str(self._port.getsockname()[1])
+        variables |= {**(container.get("Environment") or {}), **(environment or {})}
+        command = [*context.entry_point(self.image), "serve"]
         try:
-            self._container = Container(context, command, folder, variables | dict(environment or {}), stream.write)
+            self._container = Container(context, command, folder, variables, stream.write)
         except OSError:
             self._port.close()
             raise
@@ -89,27 +77,27 @@ class ModelServer:
         """Wait until GET /ping is answered with 200.
 
         Raises:
-            NotReadyError: the program ended, did not answer in time, or `is_given_up` returned True.
+            ModelServerError: the program ended, did not answer in time, or `is_given_up` returned True.
         """
         deadline = time.monotonic() + self._context.startup
-        while time.monotonic() < deadline and not is_given_up():
-            if self._container.exit_code is not None:
-                break
+        while time.monotonic() < deadline and self._container.exit_code is None and not is_given_up():
             try:
-                if self._ask("GET", "/ping", b"", {}, 2.0).status == http.client.OK:
+                if self._request("GET", "/ping", None, {}, 2.0).status == http.HTTPStatus.OK:
                     return
-            except (OSError, http.client.HTTPException):
+            except urllib3.exceptions.HTTPError:
                 pass
             time.sleep(_POLL_SECONDS)
-        raise NotReadyError("did not pass the ping health check")
+        raise ModelServerError("did not pass the ping health check")
 
-    def invoke(self, body: bytes, headers: Mapping[str, str], timeout: float = 60.0) -> Reply:
+    def invoke(
+        self, body: bytes, headers: Mapping[str, str], timeout: float = 60.0
+    ) -> urllib3.response.BaseHTTPResponse:
         """POST /invocations.
 
         Raises:
-            OSError, http.client.HTTPException: no answer, or none in time.
+            urllib3.exceptions.HTTPError: no answer; its TimeoutError: none in `timeout` seconds.
         """
-        return self._ask("POST", "/invocations", body, headers, timeout)
+        return self._request("POST", "/invocations", body, headers, timeout)
 
     def close(self) -> None:
         """Send SIGTERM, then SIGKILL; return when all of it has ended."""
@@ -121,38 +109,18 @@ class ModelServer:
         """Close it in the background."""
         threading.Thread(target=self.close, daemon=True).start()
 
-    def _ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str], timeout: float) -> Reply:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout)
-        try:
-            connection.request(method, path, body if method == "POST" else None, dict(headers))
-            answer = connection.getresponse()
-            named = {name.lower(): value for name, value in answer.getheaders()}
-            return Reply(answer.status, named, answer.read())
-        finally:
-            connection.close()
+    def _request(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout: float
+    ) -> urllib3.response.BaseHTTPResponse:
+        host, port = self._port.getsockname()
+        with urllib3.HTTPConnectionPool(host, port, timeout=timeout, retries=False) as connection:
+            return connection.urlopen(method, path, body, headers, decode_content=False)
 
 
-def container_of(backend: SageMakerModelBackend, model_name: str) -> dict[str, Any]:
-    """Return a model's only container, as in the CreateModel request.
-
-    Raises:
-        ValidationError: there is no such model.
-    """
-    model = backend.describe_model(model_name)
-    specs = [model.primary_container] if model.primary_container else list(model.containers)
-    return dict(specs[0]) if specs else {}
-
-
-def role_of(backend: SageMakerModelBackend, model_name: str) -> str:
-    """Return the role that a model's containers run as."""
-    return str(backend.describe_model(model_name).execution_role_arn)
-
-
-def model_uri(spec: Mapping[str, Any]) -> str | None:
-    """Return where a container's model data lies in S3; None if it has none."""
-    source = (spec.get("ModelDataSource") or {}).get("S3DataSource") or {}
-    uri: str | None = spec.get("ModelDataUrl") or source.get("S3Uri")
-    return uri
+def model_data(container: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return where a container's model data lies in S3, and if that is a .tar.gz."""
+    source = (container.get("ModelDataSource") or {}).get("S3DataSource") or {}
+    return container.get("ModelDataUrl") or source.get("S3Uri"), source.get("CompressionType") != "None"
 
 
 def reserve_port() -> socket.socket:
@@ -164,16 +132,3 @@ def reserve_port() -> socket.socket:
     reservation.bind((HOST, 0))
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return reservation
-
-
-def _fetch_model(storage: Storage, spec: Mapping[str, Any], folder: Path) -> None:
-    into = folder / "model"
-    into.mkdir(parents=True)
-    uri = model_uri(spec)
-    source = (spec.get("ModelDataSource") or {}).get("S3DataSource") or {}
-    if uri is None:
-        return
-    if source.get("CompressionType") == "None":
-        storage.download(storage.objects(uri), into)
-    else:
-        storage.unpack(uri, into)

@@ -1,4 +1,4 @@
-"""IAM: who calls, and what their policies let them do; the simulator, which the SageMaker SDK asks about a role.
+"""IAM: who calls, and what their policies let them do.
 
 The emulator's own access key may do everything. Users and roles that are made in it may do what their policies allow,
 and a container acts as the role of its job or model: policies can be tried before AWS judges them. What SageMaker does
@@ -12,8 +12,7 @@ from typing import Any
 
 from moto.core.authorization import ActionAuthenticatorMixin
 from moto.core.exceptions import AccessDeniedError, JsonRESTError
-from moto.core.responses import ActionResult, BaseResponse
-from moto.iam.responses import IamResponse
+from moto.core.responses import BaseResponse
 from moto.sagemaker.models import SageMakerModelBackend
 from moto.sagemaker.responses import SageMakerResponse
 from moto.sts.models import sts_backends
@@ -34,7 +33,7 @@ _SAGEMAKER = {
 
 
 def install(context: EmulatorContext) -> None:
-    """Hold calls against policies; the simulator, which the SageMaker SDK asks, allows every role everything."""
+    """Hold calls against policies."""
 
     def authorize(response: Any, request_type: type[Any], resource: str = "*") -> None:
         key = access_key_of(response.headers.get("Authorization", ""))
@@ -58,13 +57,7 @@ def install(context: EmulatorContext) -> None:
                 raise JsonRESTError("AccessDeniedException", error.message) from None
             raise
 
-    def simulate_principal_policy(response: IamResponse) -> ActionResult:
-        actions = response.params["ActionNames"]
-        allowed = [{"EvalActionName": action, "EvalResourceName": "*", "EvalDecision": "allowed"} for action in actions]
-        return ActionResult({"EvaluationResults": allowed, "IsTruncated": False})
-
     setattr(ActionAuthenticatorMixin, "_authenticate_and_authorize_action", authorize)  # noqa: B010 - moto's name
-    setattr(IamResponse, simulate_principal_policy.__name__, simulate_principal_policy)
 
 
 def role_variables(backend: SageMakerModelBackend, role: str) -> dict[str, str]:

@@ -38,19 +38,6 @@ LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 _SYNC_SECONDS = 1.0
 """Between two uploads of checkpoints."""
 _DEFAULT_RUNTIME = 86400
-_MESSAGES = {
-    "Starting": "Preparing the instances for training",
-    "Downloading": "Downloading input data",
-    "Training": "Training image download completed. Training in progress.",
-    "Interrupted": "Spot capacity was taken back; the job starts again",
-    "Stopping": "Stopping the training job",
-    "Uploading": "Uploading generated training model",
-    "Completed": "Training job completed",
-    "Failed": "Training job failed",
-    "Stopped": "Training job stopped",
-    "MaxRuntimeExceeded": "Training job runtime exceeded MaxRuntimeInSeconds provided",
-    "MaxWaitTimeExceeded": "Training job wait time exceeded MaxWaitTimeInSeconds provided",
-}
 
 
 class Ending(Enum):
@@ -132,8 +119,7 @@ class TrainingJob(Job):
             transitions = self.description["SecondaryStatusTransitions"]
             if transitions:
                 transitions[-1]["EndTime"] = now
-            message = message or _MESSAGES[secondary]
-            transitions.append({"Status": secondary, "StartTime": now, "StatusMessage": message})
+            transitions.append({"Status": secondary, "StartTime": now, "StatusMessage": message or secondary})
             self.description |= {"SecondaryStatus": secondary, "LastModifiedTime": now}
 
     def _attempts(self) -> Ending:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
+import http
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, cast
 
+import urllib3
 from moto.core.utils import utcnow
 from moto.sagemaker.models import FakeTransformJob, SageMakerModelBackend
 
 from sagemaker_local.cloudwatch import LogStream
 from sagemaker_local.context import EmulatorContext
 from sagemaker_local.jobs import Job, JobError, Operations, check_bucket, check_new, check_source, job_operations
-from sagemaker_local.model_servers import ModelServer, ModelServerError, NotReadyError
+from sagemaker_local.model_servers import ModelServer, ModelServerError
 from sagemaker_local.storage import Storage, relative_path, split_uri
 
 LOG_GROUP = "/aws/sagemaker/TransformJobs"
@@ -32,10 +33,8 @@ class TransformJob(Job):
         """Transform every object."""
         try:
             self._transform()
-        except NotReadyError as error:
-            raise JobError(f"AlgorithmError: The container {error}. See job logs for more information") from None
         except ModelServerError as error:
-            raise JobError(str(error)) from None
+            raise JobError(f"AlgorithmError: The container {error}. See job logs for more information") from None
         return "Stopped" if self._stopping.is_set() else "Completed"
 
     def _transform(self) -> None:
@@ -114,13 +113,13 @@ class TransformJob(Job):
         for _ in range(1 + client.get("InvocationsMaxRetries", 3)):
             try:
                 reply = server.invoke(payload, headers, timeout)
-            except (OSError, http.client.HTTPException) as error:
+            except urllib3.exceptions.HTTPError as error:
                 failure = f"AlgorithmError: {type(error).__name__}"
             else:
-                if reply.status == http.client.OK:
-                    return reply.body
-                failure = f"ClientError: {reply.status} {reply.body.decode('utf-8', 'replace')[:200]}"
-                if reply.status < http.client.INTERNAL_SERVER_ERROR:
+                if reply.status == http.HTTPStatus.OK:
+                    return reply.data
+                failure = f"ClientError: {reply.status} {reply.data.decode('utf-8', 'replace')[:200]}"
+                if reply.status < http.HTTPStatus.INTERNAL_SERVER_ERROR:
                     break
             time.sleep(_RETRY_SECONDS)
         raise JobError(failure)

@@ -153,7 +153,7 @@ def test_a_models_archive_cannot_write_outside_its_folder(emulator: EmulatedAws,
     sagemaker.create_endpoint(EndpointName=kind, EndpointConfigName=create_config(emulator, kind, **{kind: 1}))
     endpoint = settled(emulator, kind)
     assert endpoint["EndpointStatus"] == "Failed"
-    assert "Failed to download model data" in endpoint["FailureReason"]
+    assert "UnsafePathError" in endpoint["FailureReason"]
     assert not outside.exists()
 
 
