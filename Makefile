@@ -1,6 +1,6 @@
 # stocktake: `make demo` shows what it does, `make test` proves it. Both set up their own environment first.
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test system lint format lock clean
+.PHONY: help setup demo test system lint format lock lambda clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -57,8 +57,18 @@ lock: $(UV) ## pin every dependency anew, with hashes, for all platforms: develo
 		--output-file deploy/images/serving/requirements.lock
 	$(PIN) pyproject.toml --extra training --extra serving --extra aws --extra managed-mlflow \
 		--constraint requirements.lock --output-file deploy/images/training/requirements.lock
+	$(PIN) --group lambda --constraint requirements.lock --no-emit-package boto3 --no-emit-package botocore \
+		--output-file deploy/lambda/requirements.lock
 	digest=$$(python3 -c "import hashlib; print(hashlib.sha256(open('requirements.lock','rb').read()).hexdigest()[:16])") \
 		&& sed -i.bak "s/sha256 [0-9a-f]*/sha256 $$digest/" conda.yaml && rm conda.yaml.bak
+
+lambda: $(UV) ## the function's package: workspace/lambda.zip
+	rm -rf workspace/lambda workspace/lambda.zip
+	$(UV) pip install --quiet --no-deps --require-hashes --only-binary :all: --python-platform x86_64-manylinux2014 \
+		--python-version 3.13 --target workspace/lambda -r deploy/lambda/requirements.lock
+	cp deploy/lambda/*.py workspace/lambda
+	find workspace/lambda -name '__pycache__' -prune -exec rm -r {} +
+	cd workspace/lambda && python3 -m zipfile -c ../lambda.zip *
 
 clean: ## remove the environment and everything that runs have written
 	rm -rf $(VENV) .uv workspace mlruns mlflow.db* .mypy_cache .ruff_cache .pytest_cache .hypothesis
