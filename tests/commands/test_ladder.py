@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_four_rungs_a_leaderboard_and_a_candidate(
     assert version.tags["stage"] == best
     assert version.tags["task"] == "1-3"
     assert float(version.tags["val/macro_f1"]) == pytest.approx(scored[best], rel=1e-5)
-    assert f"candidate: stocktake version {version.version} ({best})" in out
+    assert f"candidate: stocktake/{version.version} ({best})" in out
     assert [line for line in out.splitlines() if line.startswith("--- ")] == [f"--- {stage}" for stage in STAGES]
 
     again = ladder(config)
@@ -127,7 +128,7 @@ def test_offline_nothing_is_lost(config: LadderConfig, capsys: pytest.CaptureFix
     metrics = ladder(config)
     assert metrics["test/recall_3"] == 1
     out = capsys.readouterr().out
-    assert "candidate: majority; `stocktake sync` registers it as stocktake" in out
+    assert re.search(r"stocktake sync.*stocktake register --run workspace/runs/majority-\w+", out)
     assert "MLflow UI: stocktake sync, then mlflow ui" in out
     statuses = [json.loads(path.read_text())["status"] for path in Path("workspace/runs").glob("*/result.json")]
     assert statuses == ["FINISHED", "FINISHED"]

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from stocktake.config import TrackingConfig
 from stocktake.models.export import export_model
-from stocktake.registry.models import register_candidate
+from stocktake.registry.registration import register_candidate
 from stocktake.serving import endpoints
 from stocktake.serving.predictor import FOLDER, Predictor
 from stocktake.serving.pyfunc import save_pyfunc
@@ -161,7 +161,7 @@ def test_the_champion_answers_where_nothing_else_is_named(
     quiet = TrackingConfig(system_metrics=False)
     with start_run(quiet, workspace=Path("workspace"), name="classical", tags={"stage": "classical"}) as run:
         run.log_model(saved)
-        register_candidate(run, "stocktake", tags={}, description="")
+    assert register_candidate(quiet, run.folder, Path("workspace")) is not None
     MlflowClient(sqlite_store, sqlite_store).set_registered_model_alias("stocktake", "champion", "1")
     ended = stocktake("predict", "photos", "--format", "json")
     assert ended.code == 0, ended.err

@@ -1,129 +1,48 @@
-"""Runs that become versions, aliases that move, the history, and rollbacks."""
+"""Aliases that move, the history, rollbacks, and two who promote at once."""
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from registry_store import RUNS, make_run, promoted
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.registry import promotion
 from stocktake.registry.model_card_data import publish_card, try_to_publish_card
 from stocktake.registry.promotion import (
+    EVENT_TAG,
     FORCED,
-    HISTORY_TAG,
+    PREVIOUS_TAG,
     PROMOTED,
-    REFUSED,
+    REJECTED,
     ROLLED_BACK,
-    Event,
-    challenge,
-    earlier_champion,
+    ChampionMovedError,
     history,
-    note_challenger,
-    refuse,
+    record_challenger,
+    record_rejection,
+    roll_back,
+    set_challenger,
+    set_champion,
 )
-from stocktake.registry.promotion_lock import promotion_lock
 from stocktake.registry.registration import register_run
-from stocktake.registry.versions import ModelRegistry, version_label
-from stocktake.tracking.runs import start_run
-from versioned_model import RUNS, crowned, lock_names, make_run, registry, rolled_back, three
-
-__all__ = ["registry", "three"]
+from stocktake.registry.versions import ModelRegistry
 
 
-# Runs become versions -------------------------------------------------------------------------------------------------
-
-
-def test_a_run_is_registered_by_id_name_and_folder_and_stays_one_version(
-    registry: ModelRegistry, model_folder: Path
-) -> None:
-    run, other = make_run(model_folder, "wide"), make_run(model_folder, "deep")
-    first = register_run(registry, str(run.run_id), RUNS)
-    assert (first.label, first.uri, first.aliases, first.run_id) == (
-        "stocktake/1",
-        "models:/stocktake/1",
-        ("candidate",),
-        run.run_id,
-    )
-    assert (
-        first.tags.items() >= {"stage": "wide", "task": "1-3", "data.fingerprint": "f1", "val/macro_f1": "0.3"}.items()
-    )
-    assert register_run(registry, "deep", RUNS).aliases == ("candidate",)
-    assert registry.version("1").aliases == ()
-    for asked in ("wide", str(run.folder), run.folder.name):
-        assert register_run(registry, asked, RUNS).number == 1
-    assert registry.version("candidate").number == 1
-    assert [version.number for version in registry.versions()] == [1, 2]
-    assert version_label("models:/stocktake@candidate", TrackingConfig()) == "stocktake/1"
-    assert version_label("models:/stocktake/latest", TrackingConfig()) == "stocktake/2"
-    for address in (
-        f"runs:/{other.run_id}/model",
-        "models:/stocktake@nobody",
-        str(model_folder),
-        "models:/other/latest",
-    ):
-        assert version_label(address, TrackingConfig()) is None
-
-
-def test_a_run_that_cannot_be_registered_is_named_with_the_way_out(registry: ModelRegistry, model_folder: Path) -> None:
-    with pytest.raises(StocktakeError, match=r"no experiment 'stocktake': --tracking.experiment can be 'Default'"):
-        register_run(registry, "frozen", RUNS)
-    with start_run(
-        TrackingConfig(system_metrics=False), workspace=Path("workspace"), name="ladder", tags={"stage": "ladder"}
-    ) as run:
-        with run.child("best", {"stage": "best"}) as child:
-            child.log_model(model_folder)
-        run.flush()
-        with pytest.raises(StocktakeError, match="has not finished"):
-            register_run(registry, str(run.folder), RUNS)
-        with pytest.raises(StocktakeError, match="is RUNNING: register one that has finished"):
-            register_run(registry, str(run.run_id), RUNS)
-    with pytest.raises(StocktakeError, match=rf"ladder has no model .* child runs are {child.run_id} \(best\)"):
-        register_run(registry, "ladder", RUNS)
-    with pytest.raises(StocktakeError, match=rf"no run folder and no run 'lader' .*{run.run_id} \(ladder\)"):
-        register_run(registry, "lader", RUNS)
-    with pytest.raises(StocktakeError, match="there is no run 0000"):
-        register_run(registry, "0" * 32, RUNS)
-    twice = [make_run(model_folder, "twice").run_id for _ in range(2)]
-    with pytest.raises(StocktakeError, match=rf"several runs are named twice.*{twice[1]}.*{twice[0]}"):
-        register_run(registry, "twice", RUNS)
-    with start_run(
-        TrackingConfig(system_metrics=False, offline=True), workspace=Path("workspace"), name="later", tags={}
-    ) as later:
-        later.log_model(model_folder)
-    with pytest.raises(StocktakeError, match="`stocktake sync --workspace workspace` uploads it"):
-        register_run(registry, later.folder.name, RUNS)
-
-
-def test_a_version_that_is_not_there_is_named_with_those_that_are(three: ModelRegistry) -> None:
-    for asked in ("9", "champion", "²"):
-        with pytest.raises(StocktakeError, match=rf"no version {asked}: --version can be 1, 2, 3, or candidate \(3\)"):
-            three.version(asked)
-    with (
-        pytest.raises(StocktakeError, match=r"no registered model 'other' .*--model_name can be stocktake"),
-        ModelRegistry(TrackingConfig(model_name="other")).opened() as other,
-    ):
-        other.versions()
-    with (
-        pytest.raises(StocktakeError, match=r"--tracking\.offline"),
-        ModelRegistry(TrackingConfig(offline=True)).opened(),
-    ):
-        pass
-
-
-# History --------------------------------------------------------------------------------------------------------------
+def rolled_back(registry: ModelRegistry, reason: str | None = None) -> int:
+    """Roll back; return the version that is the champion then."""
+    return roll_back(registry, reason)[1].number
 
 
 def test_promotions_move_the_aliases_and_are_remembered(three: ModelRegistry) -> None:
-    with promotion_lock(three.client, three.name):
-        challenge(three, three.version("1"))
-        refuse(three, three.version("1"), None, None, {"failed": ["gain"]})
+    set_challenger(three, three.version("1"))
+    record_rejection(three, three.version("1"), None, None, {"failed": ["gain"]})
     assert three.aliases() == {"candidate": 3, "challenger": 1}
-    event = crowned(three, 1, forced=True, reason="  we must  ", figures={"gain": 0.1})
-    assert (event.action, event.why, event.before, event.after, event.figures) == (
+    event = promoted(three, 1, forced=True, reason="  we must  ", figures={"gain": 0.1})
+    assert (event.action, event.reason, event.before, event.after, event.figures) == (
         FORCED,
         "we must",
         None,
@@ -133,116 +52,172 @@ def test_promotions_move_the_aliases_and_are_remembered(three: ModelRegistry) ->
     assert "@" in event.by
     assert event.at.endswith("Z")
     assert three.aliases() == {"candidate": 3, "champion": 1}
-    with pytest.raises(StocktakeError, match="stocktake/1 is the champion already"):
-        challenge(three, three.version("1"))
-    challenge(three, three.version("3"))
-    note_challenger(three, three.version("3"), None)
-    crowned(three, 2)
+    with pytest.raises(StocktakeError, match="stocktake/1"):
+        set_challenger(three, three.version("1"))
+    set_challenger(three, three.version("3"))
+    record_challenger(three, three.version("3"), None)
+    promoted(three, 2)
     assert three.aliases() == {"candidate": 3, "champion": 2}
-    events = history(three.versions())
-    assert [(one.number, one.action, one.version, one.before, one.after) for one in events] == [
-        (1, REFUSED, 1, None, None),
-        (2, FORCED, 1, None, 1),
-        (3, "challenger", 3, 1, 1),
-        (4, PROMOTED, 2, 1, 2),
+    events = history(three)
+    assert [(event.action, event.version, event.before, event.after) for event in events] == [
+        (REJECTED, 1, None, None),
+        (FORCED, 1, None, 1),
+        ("challenger", 3, 1, 1),
+        (PROMOTED, 2, 1, 2),
     ]
-    kept = json.loads(three.version("1").tags[HISTORY_TAG])
-    assert [one["n"] for one in kept] == [1, 2]
-    assert kept[1].keys() == {"n", "action", "at", "by", "why", "from", "to", "version", "figures"}
+    assert three.registered().tags[PREVIOUS_TAG] == "1"
 
 
 def test_rollbacks_go_further_and_further_back(three: ModelRegistry) -> None:
-    with pytest.raises(StocktakeError, match="no champion to roll back from"):
+    with pytest.raises(StocktakeError, match="no champion"):
         rolled_back(three)
-    crowned(three, 1)
-    with pytest.raises(StocktakeError, match="stocktake/1 is the first champion"):
+    promoted(three, 1)
+    with pytest.raises(StocktakeError, match="stocktake/1"):
         rolled_back(three)
-    crowned(three, 2)
-    crowned(three, 3)
+    promoted(three, 2)
+    promoted(three, 3)
     assert rolled_back(three, "wrong counts") == 2
     assert three.aliases() == {"candidate": 3, "champion": 2}
     assert rolled_back(three) == 1
     with pytest.raises(StocktakeError, match="first champion"):
         rolled_back(three)
-    crowned(three, 3)
+    promoted(three, 3)
     assert rolled_back(three) == 1
-    events = [one for one in history(three.versions()) if one.action == ROLLED_BACK]
-    assert [(one.version, one.before, one.after, one.why) for one in events] == [
+    events = [event for event in history(three) if event.action == ROLLED_BACK]
+    assert [(event.version, event.before, event.after, event.reason) for event in events] == [
         (3, 3, 2, "wrong counts"),
         (2, 2, 1, None),
         (3, 3, 1, None),
     ]
 
 
-def test_a_rollback_passes_over_what_was_deleted_and_what_was_moved_by_hand(three: ModelRegistry) -> None:
-    crowned(three, 1)
-    crowned(three, 2)
-    crowned(three, 3)
+def test_going_back_and_forth_between_two_versions_ends(three: ModelRegistry) -> None:
+    for number in (1, 2, 1):
+        promoted(three, number)
+    assert [rolled_back(three), rolled_back(three)] == [2, 1]
+    with pytest.raises(StocktakeError, match="first champion"):
+        rolled_back(three)
+
+
+def test_a_rollback_passes_over_a_version_that_was_deleted(three: ModelRegistry) -> None:
+    for number in (1, 2, 3):
+        promoted(three, number)
     three.client.delete_model_version(three.name, "2")
     assert rolled_back(three) == 1
-    three.client.set_registered_model_alias(three.name, "champion", "3")  # by other hands
+
+
+def test_a_promotion_that_died_before_the_alias_moved_changes_no_rollback(three: ModelRegistry) -> None:
+    promoted(three, 1)
+    promoted(three, 2)
+    three.client.set_registered_model_tag(three.name, PREVIOUS_TAG, "2,1")  # written, and the alias not moved
     assert rolled_back(three) == 1
 
 
-def event(number: int, action: str, before: int | None, after: int | None) -> Event:
-    return Event(number, action, "2026-01-01T00:00:00Z", "a@b", None, before, after, after or 0)
+def test_an_event_fits_into_a_tag_and_one_that_cannot_be_read_is_left_out(three: ModelRegistry) -> None:
+    event = promoted(three, 1, reason="r" * 5000, figures={"gain": 1.0, "failed": ["f" * 200] * 40})
+    assert len(str(event.reason)) == 500
+    assert history(three) == [event]
+    assert event.figures == {"gain": 1.0}
+    three.client.set_registered_model_tag(three.name, f"{EVENT_TAG}1", "{not json")
+    three.client.set_registered_model_tag(three.name, f"{EVENT_TAG}2", '{"other": 1}')
+    assert history(three) == [event]
 
 
-def test_who_was_the_champion_before() -> None:
-    events = [event(1, PROMOTED, None, 1), event(2, PROMOTED, 1, 2), event(3, PROMOTED, 2, 1)]
-    assert earlier_champion(events, 1, {1, 2}) == 2
-    events.append(event(4, ROLLED_BACK, 1, 2))
-    assert earlier_champion(events, 2, {1, 2}) == 1
-    events.append(event(5, ROLLED_BACK, 2, 1))
-    assert earlier_champion(events, 1, {1, 2}) is None
-    by_hand = [event(1, PROMOTED, None, 1), event(2, PROMOTED, 7, 3)]
-    assert earlier_champion(by_hand, 3, {1, 3, 7}) == 7
-    assert earlier_champion(by_hand, 3, {1, 3}) == 1
-    assert earlier_champion([], 5, {4, 5}) is None
+def test_a_champion_that_moved_meanwhile_is_noticed(three: ModelRegistry) -> None:
+    promoted(three, 1)
+    champion = three.champion()
+    three.client.set_registered_model_alias(three.name, "champion", "2")
+    with pytest.raises(ChampionMovedError) as moved:
+        set_champion(three, three.version("3"), champion)
+    assert (moved.value.expected, moved.value.actual) == (1, 2)
+    assert three.aliases()["champion"] == 2
+    assert len(history(three)) == 1
 
 
-def test_the_history_has_a_bound_and_refusals_go_first(three: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promotion, "_HISTORY_LENGTH", 1000)
-    crowned(three, 1, reason="r" * 5000)
-    assert len(str(history(three.versions())[0].why)) == 500
-    for _ in range(4):
-        refuse(three, three.version("1"), None, None, {})
-    tag = three.version("1").tags[HISTORY_TAG]
-    assert len(tag) <= 1000
-    kept = [one["action"] for one in json.loads(tag)]
-    assert kept in ([PROMOTED, REFUSED], [PROMOTED, REFUSED, REFUSED])
-    three.set_tag(three.version("2"), HISTORY_TAG, "{not json")
-    assert [one.number for one in history(three.versions())][0 :: len(kept) - 1] == [1, 5]
+def test_a_champion_that_moves_right_after_the_writing_is_noticed(
+    three: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a server, where nothing holds the other promotion back."""
+
+    def set_and_lose(alias: str, version: Any) -> None:
+        three.client.set_registered_model_alias(three.name, alias, str(version.number))
+        three.client.set_registered_model_alias(three.name, alias, "2")
+
+    monkeypatch.setattr(three, "set_alias", set_and_lose)
+    with pytest.raises(ChampionMovedError):
+        set_champion(three, three.version("3"), None)
+    assert three.aliases()["champion"] == 2
+    assert history(three) == []
 
 
-# A server -------------------------------------------------------------------------------------------------------------
+RACER = """
+import sys
+from stocktake.config import TrackingConfig
+from stocktake.errors import StocktakeError
+from stocktake.registry.promotion import set_champion
+from stocktake.registry.versions import ModelRegistry
+with ModelRegistry(TrackingConfig(uri=sys.argv[1])).opened() as registry:
+    version, champion = registry.version(sys.argv[2]), registry.champion()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        set_champion(registry, version, champion)
+    except StocktakeError as error:
+        print(type(error).__name__, flush=True)
+    else:
+        print("won", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_wins_and_the_other_is_told(three: ModelRegistry, tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", RACER, f"sqlite:///{tmp_path}/mlflow.db", number],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in ("1", "2")
+    ]
+    try:
+        for racer in racers:
+            assert racer.stdout is not None
+            assert racer.stdout.readline().strip() == "ready"
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        ends = [racer.communicate(timeout=120)[0].strip() for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+    assert sorted(ends) == ["ChampionMovedError", "won"]
+    assert three.aliases()["champion"] == ends.index("won") + 1
+    assert [event.action for event in history(three)] == [PROMOTED]
 
 
 @pytest.mark.slow
 def test_all_of_it_over_http(server: Any, model_folder: Path) -> None:
     tracking = TrackingConfig(uri=server.uri, system_metrics=False)
-    runs = [make_run(model_folder, name, server.uri) for name in ("one", "two")]
+    runs = [make_run(model_folder, name, tracking) for name in ("one", "two")]
     with ModelRegistry(tracking).opened() as registry:
         for run in runs:
             register_run(registry, str(run.folder), RUNS)
-        assert version_label("models:/stocktake@candidate", tracking) == "stocktake/2"
-        crowned(registry, 1)
-        with (
-            promotion_lock(registry.client, registry.name),
-            pytest.raises(StocktakeError, match="process"),
-        ):
-            crowned(registry, 2)
-        crowned(registry, 2)
+        promoted(registry, 1)
+        champion = registry.champion()
+        promoted(registry, 2)
+        with pytest.raises(ChampionMovedError):
+            set_champion(registry, registry.version("1"), champion)
         assert rolled_back(registry) == 1
         assert registry.aliases() == {"candidate": 2, "champion": 1}
-        assert len(history(registry.versions())) == 3
-        assert lock_names(registry) == []
+        assert len(history(registry)) == 3
         page = publish_card(registry, registry.version("1"), Path("workspace"))
         assert "rolled back" in page.read_text()
-        there = {file.path for file in registry.client.list_artifacts(str(runs[0].run_id), "model-card")}
-        assert there == {"model-card/card.html", "model-card/card.md"}
+        files = {file.path for file in registry.client.list_artifacts(str(runs[0].run_id), "model-card")}
+        assert files == {"model-card/card.html", "model-card/card.md"}
         version = registry.version("1")
         server.kill()
         assert try_to_publish_card(registry, version, Path("workspace")) is None
-    with pytest.raises(StocktakeError, match="does not answer"), ModelRegistry(tracking).opened():
+    with pytest.raises(StocktakeError), ModelRegistry(tracking).opened():
         pass

@@ -21,7 +21,7 @@ from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
 from stocktake.config import TrackingConfig
-from stocktake.registry.models import register_candidate
+from stocktake.registry.registration import register_candidate
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client
 from stocktake.serving.local_target import target_help
@@ -49,7 +49,7 @@ def registered(saved: Path, sqlite_store: str, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         with start_run(quiet, workspace=Path("workspace"), name="classical", tags={"stage": "classical"}) as run:
             run.log_model(saved)
-            register_candidate(run, "stocktake", tags={}, description="")
+        assert register_candidate(quiet, run.folder, Path("workspace")) is not None
     client = MlflowClient(sqlite_store, sqlite_store)
     assert len(client.search_model_versions("name = 'stocktake'")) == 2
     client.set_registered_model_alias("stocktake", "champion", "1")

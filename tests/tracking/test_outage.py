@@ -14,7 +14,8 @@ import pytest
 from stocktake.commands.sync import sync
 from stocktake.config import SyncConfig, TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.registry.models import fetch_model, register_candidate
+from stocktake.registry.models import fetch_model
+from stocktake.registry.registration import register_candidate
 from stocktake.tracking.local_store import LocalRun
 from stocktake.tracking.runs import start_run
 
@@ -44,13 +45,11 @@ def test_a_server_killed_under_a_run(
             (second.artifacts / "curves").mkdir()
             (second.artifacts / "curves" / "a.csv").write_text("1\n")
             second.log_model(model_folder)
-            version = register_candidate(second, "counter", tags={"k": "v"}, description="d")
         with run.child("third", {"stage": "finetune"}) as third:
             third.log_metrics({"val/macro_f1": 0.3})
         with pytest.raises(ZeroDivisionError), run.child("fourth", {}) as fourth:
             raise ZeroDivisionError("no")
     assert time.monotonic() - died < 20
-    assert version is None
     assert third.run_id is None
     for one in (run, second, third, fourth):
         assert {"run.json", "metrics.csv", "tags.json", "result.json"} <= {path.name for path in one.folder.iterdir()}
@@ -88,6 +87,8 @@ def test_a_server_killed_under_a_run(
     assert [file.path for file in client.list_artifacts(second_id, "curves")] == ["curves/a.csv"]
     (model,) = client.search_logged_models([experiment])
     assert (model.name, model.source_run_id, str(model.status)) == ("model", second_id, "READY")
+    named = TrackingConfig(uri=server.uri, model_name="counter", system_metrics=False)
+    assert register_candidate(named, second.folder, WORKSPACE) is not None
     held = client.get_model_version_by_alias("counter", "candidate")
     assert held.source == f"models:/{model.model_id}"
     assert held.tags["val/macro_f1"] == "0.975"

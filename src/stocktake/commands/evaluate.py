@@ -16,8 +16,7 @@ from stocktake.errors import StocktakeError
 from stocktake.evaluation.calibration import Calibration
 from stocktake.evaluation.evaluation import Evaluation
 from stocktake.progress import progress
-from stocktake.registry.models import fetch_model, pinned
-from stocktake.registry.versions import version_label
+from stocktake.registry.models import fetch_model, resolve_alias, version_label
 from stocktake.serving.predictor import FOLDER, Predictor
 from stocktake.tracking.runs import start_run
 
@@ -28,20 +27,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     Returns:
         `<split>/...` metrics with intervals.
     """
-    address = pinned(config.model, config.tracking)  # the alias may move meanwhile
+    address = resolve_alias(config.model, config.tracking)  # the alias may move meanwhile
     with tempfile.TemporaryDirectory() as temporary:
         folder = fetch_model(address, Path(temporary) / "model", config.tracking)
-        counter = Predictor(folder / "artifacts" / FOLDER, threads=2)
+        predictor = Predictor(folder / "artifacts" / FOLDER, threads=2)
     labels = parse_task(config.task)
-    if counter.labels != labels:
-        raise StocktakeError(
-            f"--task {config.task} does not fit {config.model}: give its own, {counter.labels[0]}-{counter.labels[-1]}"
-        )
+    if predictor.labels != labels:
+        fitting = f"{predictor.labels[0]}-{predictor.labels[-1]}"
+        raise StocktakeError(f"--task {config.task} does not fit {config.model}: give its own, {fitting}")
     manifest = build_manifest(config)
     bins = manifest.split(config.on)
     if bins.empty:
         raise StocktakeError(f"the {config.on} split of {manifest.source.root} is empty: choose another with --on")
-    photos = prepare_photos(manifest.source, bins, counter.size, Path(config.workspace))
+    photos = prepare_photos(manifest.source, bins, predictor.size, Path(config.workspace))
     tags = {
         "stage": "evaluate",
         "task": config.task,
@@ -50,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         "model": config.model,
         "on": config.on,
     }
-    if (version := version_label(address, config.tracking)) is not None:
+    if (version := version_label(address)) is not None:
         tags["model.version"] = version
     with start_run(config.tracking, workspace=Path(config.workspace), name="evaluate", tags=tags) as run:
         run.log_params({"model": config.model, "on": config.on, "task": config.task, "seed": config.seed})
@@ -59,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         with progress("counting", len(bins)) as advance:
             for start in range(0, len(bins), config.batch_size):
                 hashes = bins["hash"].iloc[start : start + config.batch_size].tolist()
-                parts.append(counter.probabilities(photos.read(hashes), calibrated=False))
+                parts.append(predictor.probabilities(photos.read(hashes), calibrated=False))
                 advance(len(hashes))
         evaluation = Evaluation(
             np.concatenate(parts),
@@ -67,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             labels,
             config.on,
             title=f"{config.model}, {config.on} split",
-            calibration=Calibration.read(counter.description["calibration"]),
+            calibration=Calibration.read(predictor.description["calibration"]),
             seed=config.seed,
         )
         evaluation.log(run)

@@ -14,11 +14,10 @@ from stocktake.commands.compare import print_leaderboard
 from stocktake.commands.finetune import finetune
 from stocktake.commands.frozen import frozen
 from stocktake.commands.majority import majority
-from stocktake.commands.stage_runs import MODEL, StageResult, log_config, prepare_data, run_tags
+from stocktake.commands.stage_runs import StageResult, log_config, prepare_data, run_tags
 from stocktake.config import LadderConfig
 from stocktake.errors import StocktakeError
-from stocktake.registry.model_card_data import card_of_candidate
-from stocktake.registry.models import register_candidate
+from stocktake.registry.registration import register_candidate
 from stocktake.tracking.leaderboard import COLUMNS, as_markdown
 from stocktake.tracking.runs import start_run
 
@@ -50,23 +49,10 @@ def ladder(config: LadderConfig) -> dict[str, float]:
         run.log_metrics({name: best.metrics[name] for name in best.metrics})
         run.set_tags({"best": best.stage, "mlflow.note.content": as_markdown(table)})
         table.to_csv(run.artifacts / "leaderboard.csv", index=False)
-        version = register_candidate(
-            best.run,
-            config.tracking.model_name,
-            tags={},
-            description=f"{best.stage} of {run.run_folder.state.name}, the best by val/macro_f1 "
-            f"({best.metrics['val/macro_f1']:.3f}) of {', '.join(config.rungs)}.",
-            model=MODEL,
-        )
     print()
     print_leaderboard(table, f"{config.task} in {prepared.manifest.source.root}")
-    name = config.tracking.model_name
-    if version:
-        print(f"\ncandidate: {name} version {version} ({best.stage}), models:/{name}@candidate")
-        if (page := card_of_candidate(config.tracking, version, Path(config.workspace))) is not None:
-            print(f"model card: {page}")
-    else:
-        print(f"\ncandidate: {best.stage}; `stocktake sync` registers it as {name} when the store can be reached")
+    print()
+    register_candidate(config.tracking, best.run.folder, Path(config.workspace))
     print(f"results on disk: {run.folder}")
     print(f"MLflow UI: {ui_command(run.run_folder.state.tracking_uri)}", flush=True)
     return best.metrics

@@ -8,9 +8,8 @@ from pathlib import Path
 from stocktake.config import RegisterConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.model_card_data import try_to_publish_card
-from stocktake.registry.models import CANDIDATE
 from stocktake.registry.registration import register_run
-from stocktake.registry.versions import ModelRegistry, Version
+from stocktake.registry.versions import CANDIDATE, ModelRegistry, Version
 
 
 def register(config: RegisterConfig) -> Version:
@@ -22,10 +21,9 @@ def register(config: RegisterConfig) -> Version:
     os.environ.pop("MLFLOW_RUN_ID", None)  # a registration is no run
     if not config.run:
         raise StocktakeError("--run is missing: give the id, the name or the folder of a finished run")
-    registry = ModelRegistry(config.tracking)
+    registry, workspace = ModelRegistry(config.tracking), Path(config.workspace)
     with registry.opened():
-        version = register_run(registry, config.run, Path(config.workspace) / "runs")
+        version = register_run(registry, config.run, workspace / "runs")
         print(f"candidate: {version.label} ({version.tags.get('stage', '?')}), models:/{registry.name}@{CANDIDATE}")
-        if (page := try_to_publish_card(registry, version, Path(config.workspace))) is not None:
-            print(f"model card: {page}", flush=True)
+        try_to_publish_card(registry, version, workspace)
         return version

@@ -8,26 +8,24 @@ from pathlib import Path
 from stocktake.config import RollbackConfig
 from stocktake.registry.model_card_data import try_to_publish_card
 from stocktake.registry.promotion import Event, roll_back
-from stocktake.registry.promotion_lock import promotion_lock
 from stocktake.registry.versions import CHAMPION, ModelRegistry
 
 
 def rollback(config: RollbackConfig) -> Event:
-    """Go back by the history of promotions: once more goes further back.
+    """Make the previous champion the champion again: once more goes further back.
 
     Returns:
         The event that the history keeps.
 
     Raises:
-        StocktakeError: there is no champion, or none before it; or somebody else is promoting.
+        StocktakeError: there is no champion, or none before it.
+        ChampionMovedError: somebody else promotes or rolls back.
     """
     os.environ.pop("MLFLOW_RUN_ID", None)  # a rollback is no run
     registry = ModelRegistry(config.tracking)
     with registry.opened():
-        registry.aliases()  # says what there is before there is a lock
-        with promotion_lock(registry.client, registry.name) as lock:
-            left, champion, event = roll_back(registry, lock, config.reason)
-        print(f"champion: {champion.label}, it was {left.label}; models:/{registry.name}@{CHAMPION}", flush=True)
-        for version in (left, champion):
+        before, champion, event = roll_back(registry, config.reason)
+        print(f"champion: {champion.label}, it was {before.label}; models:/{registry.name}@{CHAMPION}", flush=True)
+        for version in (before, champion):
             try_to_publish_card(registry, version, Path(config.workspace))
         return event

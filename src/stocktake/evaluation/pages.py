@@ -43,6 +43,7 @@ def _environment(format: Format) -> Environment:
         loader=PackageLoader("stocktake.evaluation"),
         autoescape=True,
         undefined=StrictUndefined,
+        extensions=["jinja2.ext.do"],
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_markdown if format == "markdown" else None,

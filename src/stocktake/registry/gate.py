@@ -1,4 +1,4 @@
-"""Whether a challenger may become the champion: rules over predictions of the same bins, and over how it is served."""
+"""Whether a challenger may become the champion: rules on predictions of the same bins, and on how it is served."""
 
 from __future__ import annotations
 
@@ -15,66 +15,65 @@ from stocktake.evaluation.metrics import confusion_matrix, scores
 
 LEVEL = 0.95
 """Of the interval that the gain is judged by."""
-_ROUNDING = 1e-9  # 0.4 - 0.3 is more than 0.1 to a computer
+_ROUNDING = 1e-9  # 0.4 - 0.3 is more than 0.1 in floating point
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule's verdict."""
+    """The verdict of one rule."""
 
     name: str
     passed: bool
     value: float | None = None
-    """What was found; None where the rule is no matter of a number, or nothing could be found."""
+    """What was measured; None where the rule compares no number, or nothing could be measured."""
     limit: float | None = None
     bound: str = ""
     """How the value must lie to the limit: above, at most, below."""
     unit: str = ""
     note: str = ""
-    """What the value comes from, or why there is none."""
-    way_out: str = ""
-    """The command after which the rule can be judged, where there is one."""
+    """Where the value comes from, or why there is none."""
+    hint: str = ""
+    """The command that makes what the rule lacks, where there is one."""
+
+    @property
+    def shown_value(self) -> str:
+        """The value with its unit."""
+        return "" if self.value is None else _figure(self.value, self.unit, signed=self.bound == "above")
+
+    @property
+    def shown_limit(self) -> str:
+        """The limit with its bound and unit."""
+        return "" if self.limit is None else f"{self.bound} {_figure(self.limit, self.unit)}"
 
     @property
     def margin(self) -> str:
-        """By how much it was passed or missed."""
+        """By how much the rule was passed or missed."""
         if self.value is None or self.limit is None:
             return ""
         return f"{'by' if self.passed else 'missed by'} {_figure(abs(self.value - self.limit), self.unit)}"
 
-    @property
-    def found(self) -> str:
-        """The value, as people read it."""
-        return "" if self.value is None else _figure(self.value, self.unit, signed=self.bound == "above")
-
-    @property
-    def wanted(self) -> str:
-        """The limit, as people read it."""
-        return "" if self.limit is None else f"{self.bound} {_figure(self.limit, self.unit)}"
-
     def __str__(self) -> str:
-        """The verdict in a line."""
-        parts = [f"{self.found} ({self.wanted}; {self.margin})" if self.found else "", self.note]
-        return f"{self.name}: {', '.join(part for part in parts if part)}"
+        value = f"{self.shown_value} ({self.shown_limit}; {self.margin})" if self.value is not None else ""
+        return f"{self.name}: {', '.join(part for part in (value, self.note) if part)}"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a challenger is held against: the champion, or a baseline while there is no champion."""
+    """What a challenger is compared with: the champion, or a baseline while there is no champion."""
 
     name: str
     """Such as `champion stocktake/2` or `majority baseline`."""
     predictions: pd.DataFrame | None
     """A row a test bin: id, group, quantity, predicted. None: there are none on this split."""
-    trouble: str = ""
+    reason: str = ""
     """Why there are none, or why it cannot be beaten."""
-    way_out: str = ""
+    hint: str = ""
     guards_recall: bool = True
     """Whether no quantity's recall may fall; against a majority class, one would by design."""
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingStats:
     """How the challenger answers on this machine."""
 
     latency_ms: float
@@ -96,127 +95,129 @@ class GateResult:
     @property
     def passed(self) -> bool:
         """Whether every rule was passed."""
-        return all(rule.passed for rule in self.rules)
+        return not self.failed
 
     @property
     def failed(self) -> list[Rule]:
-        """The rules that were not."""
+        """The rules that were missed."""
         return [rule for rule in self.rules if not rule.passed]
 
 
 def run_gate(
-    ours: pd.DataFrame | None, references: Sequence[Reference], served: Served, limits: GateConfig, *, trouble: str = ""
+    challenger: pd.DataFrame | None,
+    references: Sequence[Reference],
+    serving: ServingStats,
+    limits: GateConfig,
+    *,
+    reason: str = "",
 ) -> GateResult:
     """Judge a challenger by every rule.
 
     Args:
-        ours: its predictions on its test split: id, group, quantity, predicted and p_<label>; None: there are none.
+        challenger: its predictions on its test split: id, group, quantity, predicted and p_<label>; None: none exist.
         references: the champion alone, or the baselines.
-        served: how it answers here.
+        serving: how it answers here.
         limits: of the rules.
-        trouble: why `ours` is None.
+        reason: why `challenger` is None.
     """
     rules: list[Rule] = []
-    figures: dict[str, Any] = {"latency_ms": served.latency_ms, "size_mb": served.size_mb, "engine": served.engine}
+    figures: dict[str, Any] = {"latency_ms": serving.latency_ms, "size_mb": serving.size_mb, "engine": serving.engine}
     for reference in references:
-        if ours is None:
-            rules.append(Rule(f"same test split as the {reference.name}", False, note=trouble))
+        if challenger is None:
+            rules.append(Rule(_same_split(reference), False, note=reason))
             continue
-        judged, found = judge_pair(ours, reference, limits)
-        rules += judged
-        figures |= found if reference.guards_recall else {f"{reference.name}: {key}": found[key] for key in found}
-    rules += judge_serving(served, limits)
-    return GateResult(tuple(rules), figures)
+        compared, measured = compare_predictions(challenger, reference, limits)
+        rules += compared
+        prefix = "" if reference.guards_recall else f"{reference.name}: "
+        figures |= {f"{prefix}{name}": value for name, value in measured.items()}
+    return GateResult((*rules, *check_serving(serving, limits)), figures)
 
 
-def judge_pair(
-    ours: pd.DataFrame, reference: Reference, limits: GateConfig
+def compare_predictions(
+    challenger: pd.DataFrame, reference: Reference, limits: GateConfig
 ) -> tuple[list[Rule], dict[str, float | int]]:
-    """The rules on predictions of the same bins, and their figures.
+    """Apply the rules on predictions of the same bins.
 
     Args:
-        ours: id, group, quantity, predicted, and a column p_<label> for each label of the task.
-        reference: what they are held against.
+        challenger: id, group, quantity, predicted, and a column p_<label> for each label of the task.
+        reference: what it is compared with.
         limits: min_gain and max_recall_drop.
 
     Returns:
         The rules, and macro_f1, reference_macro_f1, gain, gain_low, gain_high, n; none if the bins do not pair up.
     """
-    name = f"same test split as the {reference.name}"
-    theirs = reference.predictions
-    if theirs is None or reference.trouble:
-        return [Rule(name, False, note=reference.trouble, way_out=reference.way_out)], {}
-    if difference := _difference(ours, theirs):
-        return [Rule(name, False, note=difference, way_out=reference.way_out)], {}
-    labels = [int(column.removeprefix("p_")) for column in ours.columns if column.startswith("p_")]
-    ours, theirs = ours.set_index("id"), theirs.set_index("id").loc[ours["id"]]
-    recorded, predicted, others = (
-        column.to_numpy(dtype=np.int64) for column in (ours["quantity"], ours["predicted"], theirs["predicted"])
-    )
-    own = scores(confusion_matrix(labels, recorded, predicted), labels)
-    their = scores(confusion_matrix(labels, recorded, others), labels)
-    groups = ours["group"].to_numpy()
-    low, high = paired_difference_interval(labels, recorded, predicted, others, groups, level=LEVEL)
+    split_rule, name = _same_split(reference), reference.name
+    if reference.predictions is None or reference.reason:
+        return [Rule(split_rule, False, note=reference.reason, hint=reference.hint)], {}
+    if difference := _difference(challenger, reference.predictions):
+        return [Rule(split_rule, False, note=difference, hint=reference.hint)], {}
+    labels = [int(column.removeprefix("p_")) for column in challenger.columns if column.startswith("p_")]
+    other = reference.predictions.set_index("id").loc[challenger["id"], "predicted"].to_numpy(dtype=np.int64)
+    recorded, predicted = (challenger[column].to_numpy(dtype=np.int64) for column in ("quantity", "predicted"))
+    ours, theirs = (scores(confusion_matrix(labels, recorded, column), labels) for column in (predicted, other))
+    groups = challenger["group"].to_numpy()
+    low, high = paired_difference_interval(labels, recorded, predicted, other, groups, level=LEVEL)
+    macro_f1, reference_macro_f1 = float(ours["macro_f1"]), float(theirs["macro_f1"])
+    gain = macro_f1 - reference_macro_f1
     figures = {
-        "macro_f1": float(own["macro_f1"]),
-        "reference_macro_f1": float(their["macro_f1"]),
-        "gain": float(own["macro_f1"] - their["macro_f1"]),
+        "macro_f1": macro_f1,
+        "reference_macro_f1": reference_macro_f1,
+        "gain": gain,
         "gain_low": low,
         "gain_high": high,
-        "n": len(ours),
+        "n": len(challenger),
     }
     rules = [
-        Rule(name, True, note=f"{len(ours)} bins, {len(np.unique(groups))} groups"),
+        Rule(split_rule, True, note=f"{len(challenger)} bins, {len(np.unique(groups))} groups"),
         Rule(
-            f"gain over the {reference.name}",
+            f"gain over the {name}",
             low > limits.min_gain,
             value=low,
             limit=limits.min_gain,
             bound="above",
-            note=f"macro-F1 {figures['macro_f1']:.3f} against {figures['reference_macro_f1']:.3f}:"
-            f" {figures['gain']:+.3f} [{low:+.3f}, {high:+.3f}]",
+            note=f"macro-F1 {macro_f1:.3f} against {reference_macro_f1:.3f}: {gain:+.3f} [{low:+.3f}, {high:+.3f}]",
         ),
     ]
     if reference.guards_recall:
-        falls = {label: float(their[f"recall_{label}"] - own[f"recall_{label}"]) for label in labels}
-        worst = max(falls, key=falls.__getitem__)
-        was, now = float(their[f"recall_{worst}"]), float(own[f"recall_{worst}"])
-        figures["recall_drop"] = falls[worst]
+        drops = {label: float(theirs[f"recall_{label}"] - ours[f"recall_{label}"]) for label in labels}
+        worst = max(drops, key=drops.__getitem__)
+        figures["recall_drop"] = drop = drops[worst]
         rules.append(
             Rule(
                 "largest fall of a quantity's recall",
-                falls[worst] <= limits.max_recall_drop + _ROUNDING,
-                value=falls[worst],
+                drop <= limits.max_recall_drop + _ROUNDING,
+                value=drop,
                 limit=limits.max_recall_drop,
                 bound="at most",
-                note=f"of {worst}, from {was:.3f} to {now:.3f}",
+                note=f"of {worst}, from {theirs[f'recall_{worst}']:.3f} to {ours[f'recall_{worst}']:.3f}",
             )
         )
     return rules, figures
 
 
-def judge_serving(served: Served, limits: GateConfig) -> list[Rule]:
-    """The rules on latency, size and the export's check."""
-    check = served.check
-    passed = check is not None and check.get("passed") is True
+def check_serving(serving: ServingStats, limits: GateConfig) -> list[Rule]:
+    """Apply the rules on latency, size and the export's check."""
+    check = serving.check
     if check is None:
         note = "model.json holds no check: export the model anew"
     else:
         note = f"{check.get('photos', '?')} photos, {', '.join(check.get('engines') or {}) or 'no engine'}"
+    passed = check is not None and check.get("passed") is True
+    latency, size = serving.latency_ms, serving.size_mb
     return [
         Rule(
             "latency of one photo",
-            served.latency_ms < limits.max_latency_ms,
-            value=served.latency_ms,
+            latency < limits.max_latency_ms,
+            value=latency,
             limit=limits.max_latency_ms,
             bound="below",
             unit="ms",
-            note=f"median on this machine, {served.engine}",
+            note=f"median on this machine, {serving.engine}",
         ),
         Rule(
             "size of the model",
-            served.size_mb < limits.max_size_mb,
-            value=served.size_mb,
+            size < limits.max_size_mb,
+            value=size,
             limit=limits.max_size_mb,
             bound="below",
             unit="MB",
@@ -225,17 +226,22 @@ def judge_serving(served: Served, limits: GateConfig) -> list[Rule]:
     ]
 
 
-def _difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+def _same_split(reference: Reference) -> str:
+    return f"same test split as the {reference.name}"
+
+
+def _difference(challenger: pd.DataFrame, reference: pd.DataFrame) -> str:
     """Why the bins of two tables do not pair up by id; empty if they do."""
-    if ours["id"].duplicated().any() or theirs["id"].duplicated().any():
+    if not (challenger["id"].is_unique and reference["id"].is_unique):
         return "a bin is there twice"
-    own, their = ours.set_index("id")["quantity"], theirs.set_index("id")["quantity"]
-    only = [len(own.index.difference(their.index)), len(their.index.difference(own.index))]
-    if any(only):
-        return f"{only[0]} of {len(own)} bins are not in its {len(their)}, {only[1]} of its are not here"
-    if not len(own):
+    pairs = challenger.merge(reference, on="id", how="outer", suffixes=("", "_reference"), indicator="source")
+    missing = int((pairs["source"] == "left_only").sum()), int((pairs["source"] == "right_only").sum())
+    if any(missing):
+        total = len(challenger), len(reference)
+        return f"{missing[0]} of {total[0]} bins are not in its {total[1]}, {missing[1]} of its are not here"
+    if not len(pairs):
         return "there are no bins"
-    unlike = int((own.to_numpy() != their.loc[own.index].to_numpy()).sum())
+    unlike = int((pairs["quantity"] != pairs["quantity_reference"]).sum())
     return f"{unlike} bins have another recorded quantity there" if unlike else ""
 
 

@@ -1,15 +1,17 @@
-"""What the gate judges by: predictions of the test split, from the runs of versions and of baselines."""
+"""What the gate compares: predictions of the test split, from the runs of versions and of baselines."""
 
 from __future__ import annotations
 
+import operator
 import shlex
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocktake.config import BinsConfig, TrackingConfig
+from stocktake.config.parser import option_names
 from stocktake.registry.gate import Reference
 from stocktake.registry.versions import ModelRegistry, Version
 from stocktake.tracking.addresses import without_credentials
@@ -20,134 +22,49 @@ if TYPE_CHECKING:
 PREDICTIONS = "evaluation/test_predictions.parquet"
 BASELINES = ("majority", "frozen")
 """Stages that the first champion has to beat."""
-_NEEDED = {"id", "group", "quantity", "predicted"}
+_COLUMNS = {"id", "group", "quantity", "predicted"}
 
 
 @dataclass(frozen=True)
-class Challenger:
-    """A version on its way through the gate, and what it is held against."""
+class GateInputs:
+    """Predictions of a challenger and of what it is compared with."""
 
-    version: Version
     task: str
     fingerprint: str
-    """Of its run's data: whose test split is judged on."""
+    """Of the data of the challenger's run: the test split of the comparison."""
     commit: str
     predictions: pd.DataFrame | None
-    trouble: str
+    reason: str
     """Why there are no predictions."""
     references: tuple[Reference, ...]
 
 
-def gather(registry: ModelRegistry, version: Version, champion: Version | None, workspace: str) -> Challenger:
+def gather_inputs(registry: ModelRegistry, version: Version, champion: Version | None, workspace: str) -> GateInputs:
     """Fetch the predictions of a version and of the champion, or of the baselines while there is none.
 
     Args:
         registry: opened.
         version: the challenger.
-        champion: what it is held against.
+        champion: what it is compared with.
         workspace: for the commands that make what is missing.
     """
-    run = _run(registry, version.run_id)
+    run = get_run(registry, version.run_id)
     tags: Mapping[str, str] = run.data.tags if run else {}
-    task, fingerprint = tags.get("task", ""), tags.get("data.fingerprint", "")
-    commands = _Commands(run, registry.tracking, workspace)
-    predictions, trouble = None, f"the run of {version.label} is gone"
+    source = _Source(registry, run, tags.get("task", ""), tags.get("data.fingerprint", ""), workspace)
+    predictions, reason = None, f"the run of {version.label} is gone"
     if run is not None:
-        predictions, trouble = _predictions_of(registry, run, version, task, fingerprint)
-        trouble = trouble and f"{version.label}: {trouble}"
+        predictions, reason = source.of_version(version, run)
+        reason = reason and f"{version.label}: {reason}"
     if champion is not None:
-        references = [_champion(registry, champion, task, fingerprint, run, commands)]
+        references = [source.champion(champion)]
     else:
-        references = [_baseline(registry, stage, run, task, fingerprint, commands) for stage in BASELINES]
+        references = [source.baseline(stage) for stage in BASELINES]
     commit = tags.get("git.commit", "")
-    return Challenger(version, task, fingerprint, commit, predictions, trouble, tuple(references))
+    return GateInputs(source.task, source.fingerprint, commit, predictions, reason, tuple(references))
 
 
-def _champion(
-    registry: ModelRegistry, champion: Version, task: str, fingerprint: str, challengers: Any, commands: _Commands
-) -> Reference:
-    name = f"champion {champion.label}"
-    run = _run(registry, champion.run_id)
-    own = (run.data.tags.get("task"), run.data.tags.get("data.fingerprint")) if run else ("", "")
-    if run is not None and own == (task, fingerprint):
-        predictions, trouble = _predictions_of(registry, run, champion, task, fingerprint)
-    else:
-        predictions, trouble = _evaluated(registry, champion, task, fingerprint, challengers), ""
-        if predictions is None:
-            trouble = (
-                f"it was measured on task {own[0] or '?'}, data {own[1] or '?'}, not task {task}, data {fingerprint}"
-            )
-    return Reference(name, predictions, trouble, commands.evaluate(champion) if predictions is None else "")
-
-
-def _baseline(
-    registry: ModelRegistry, stage: str, run: Any, task: str, fingerprint: str, commands: _Commands
-) -> Reference:
-    name = f"{stage} baseline"
-    if run is None:
-        return Reference(name, None, "the version's run is gone", guards_recall=False)
-    if run.data.tags.get("stage") == stage:
-        return Reference(name, None, f"the version is a {stage} baseline itself", guards_recall=False)
-    found = registry.client.search_runs(
-        [run.info.experiment_id],
-        f"tags.stage = '{stage}' AND tags.task = '{task}' AND tags.`data.fingerprint` = '{fingerprint}'"
-        " AND attributes.status = 'FINISHED'",
-        order_by=["metrics.`val/macro_f1` DESC"],
-        max_results=20,
-    )
-    for one in found:
-        if "val/macro_f1" in one.data.metrics and (predictions := _fetch(registry, one.info.run_id)) is not None:
-            return Reference(name, predictions, guards_recall=False)
-    experiment = registry.client.get_experiment(run.info.experiment_id).name
-    trouble = f"there is no run of it on task {task}, data {fingerprint} in the experiment {experiment!r}"
-    return Reference(name, None, trouble, commands.train(stage, experiment), guards_recall=False)
-
-
-def _predictions_of(
-    registry: ModelRegistry, run: Any, version: Version, task: str, fingerprint: str
-) -> tuple[pd.DataFrame | None, str]:
-    """Those of the version's own run or, where it has none, of an `evaluate` run; or why there are none."""
-    if not task or not fingerprint:
-        return None, f"its run {run.info.run_name} has no tags task and data.fingerprint"
-    predictions = _fetch(registry, run.info.run_id)
-    if predictions is None:
-        predictions = _evaluated(registry, version, task, fingerprint, run)
-    return predictions, "" if predictions is not None else f"its run {run.info.run_name} has no {PREDICTIONS}"
-
-
-def _evaluated(
-    registry: ModelRegistry, version: Version, task: str, fingerprint: str, beside: Any
-) -> pd.DataFrame | None:
-    """From the latest `evaluate` of the version on the split, in the experiment of a run or of the config."""
-    client = registry.client
-    experiments = {beside.info.experiment_id} if beside is not None else set()
-    if (experiment := client.get_experiment_by_name(registry.tracking.experiment)) is not None:
-        experiments.add(experiment.experiment_id)
-    found = client.search_runs(
-        sorted(experiments),
-        f"tags.stage = 'evaluate' AND tags.`model.version` = '{version.label}' AND tags.on = 'test'"
-        f" AND tags.task = '{task}' AND tags.`data.fingerprint` = '{fingerprint}' AND attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"],
-        max_results=5,
-    )
-    tables = (_fetch(registry, run.info.run_id) for run in found)
-    return next((table for table in tables if table is not None), None)
-
-
-def _fetch(registry: ModelRegistry, run_id: str) -> pd.DataFrame | None:
-    """The run's predictions of its test split; None if it has none, or a table of another form."""
-    import pandas as pd
-
-    folder = PREDICTIONS.rpartition("/")[0]
-    if PREDICTIONS not in {file.path for file in registry.client.list_artifacts(run_id, folder)}:
-        return None
-    with tempfile.TemporaryDirectory() as temporary:
-        table = pd.read_parquet(Path(registry.client.download_artifacts(run_id, PREDICTIONS, temporary)))
-    return table if set(table.columns) >= _NEEDED else None
-
-
-def _run(registry: ModelRegistry, run_id: str | None) -> Any:
-    """The run; None where it was deleted."""
+def get_run(registry: ModelRegistry, run_id: str | None) -> Any:
+    """Return MLflow's run; None where it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -159,46 +76,106 @@ def _run(registry: ModelRegistry, run_id: str | None) -> Any:
     return run if run is not None and run.info.lifecycle_stage == "active" else None
 
 
-class _Commands:
-    """Commands that make what the gate misses, on the bins of a run."""
+@dataclass(frozen=True)
+class _Source:
+    """The store as the source of predictions on one test split."""
 
-    def __init__(self, run: Any, tracking: TrackingConfig, workspace: str) -> None:
-        params: Mapping[str, str] = run.data.params if run else {}
-        defaults = _flat(asdict(BinsConfig()))
-        held = {name: params[name] for name in defaults if params.get(name, "None") != "None"}
-        held.pop("workspace", None)
-        held["workspace"] = workspace
-        if "root" not in params and run and "data.root" in run.data.tags:
-            held["root"] = run.data.tags["data.root"]
-        self._bins = {name: text for name, text in held.items() if text != str(defaults[name])}
-        self._image_size = params.get("image_size")
-        self._tracking = tracking
+    registry: ModelRegistry
+    run: Any
+    """The challenger's; None if it is gone."""
+    task: str
+    fingerprint: str
+    workspace: str
 
-    def evaluate(self, version: Version) -> str:
-        """Of a version on the test split."""
-        return self._command("evaluate", {"model": version.uri}, self._tracking.experiment)
-
-    def train(self, stage: str, experiment: str) -> str:
-        """Of a baseline."""
-        own = {"image_size": self._image_size} if self._image_size else {}
-        return self._command(stage, own, experiment)
-
-    def _command(self, name: str, own: Mapping[str, str], experiment: str) -> str:
-        tracking = self._tracking
-        stores = {"uri": tracking.uri, "registry_uri": tracking.registry_uri}
-        options = {**own, **self._bins}
-        options |= {f"tracking.{key}": without_credentials(uri) for key, uri in stores.items() if uri}
-        if experiment != TrackingConfig().experiment:
-            options["tracking.experiment"] = experiment
-        return " ".join(["stocktake", name, *(f"--{key} {shlex.quote(text)}" for key, text in options.items())])
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested settings with dotted names and values as a run's params have them."""
-    flat: dict[str, object] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+    def champion(self, champion: Version) -> Reference:
+        run = get_run(self.registry, champion.run_id)
+        task, data = (run.data.tags.get(name) for name in ("task", "data.fingerprint")) if run else (None, None)
+        if run is not None and (task, data) == (self.task, self.fingerprint):
+            predictions, reason = self.of_version(champion, run)
         else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
+            predictions = self._of_evaluate_run(champion)
+            reason = f"it was measured on task {task or '?'}, data {data or '?'}, not {self._split}"
+        name = f"champion {champion.label}"
+        if predictions is not None:
+            return Reference(name, predictions)
+        hint = self._command("evaluate", {"model": champion.uri}, self.registry.tracking.experiment)
+        return Reference(name, None, reason, hint)
+
+    def baseline(self, stage: str) -> Reference:
+        """The stage's finished run of the best val/macro_f1 on the split."""
+        name = f"{stage} baseline"
+        if self.run is None:
+            return Reference(name, None, "the version's run is gone", guards_recall=False)
+        if self.run.data.tags.get("stage") == stage:
+            return Reference(name, None, f"the version is a {stage} baseline itself", guards_recall=False)
+        experiment = self.run.info.experiment_id
+        for run in self._search([experiment], f"tags.stage = '{stage}'", "metrics.`val/macro_f1` DESC"):
+            if "val/macro_f1" in run.data.metrics and (predictions := self._fetch(run.info.run_id)) is not None:
+                return Reference(name, predictions, guards_recall=False)
+        experiment_name = self.registry.client.get_experiment(experiment).name
+        reason = f"there is no run of it on {self._split} in the experiment {experiment_name!r}"
+        size = self.run.data.params.get("image_size")
+        hint = self._command(stage, {"image_size": size} if size else {}, experiment_name)
+        return Reference(name, None, reason, hint, guards_recall=False)
+
+    def of_version(self, version: Version, run: Any) -> tuple[pd.DataFrame | None, str]:
+        """Those of the version's own run or, where it has none, of an `evaluate` run; or why there are none."""
+        if not self.task or not self.fingerprint:
+            return None, f"its run {run.info.run_name} has no tags task and data.fingerprint"
+        predictions = self._fetch(run.info.run_id)
+        if predictions is None:
+            predictions = self._of_evaluate_run(version)
+        return predictions, "" if predictions is not None else f"its run {run.info.run_name} has no {PREDICTIONS}"
+
+    @property
+    def _split(self) -> str:
+        return f"task {self.task}, data {self.fingerprint}"
+
+    def _of_evaluate_run(self, version: Version) -> pd.DataFrame | None:
+        """Of the version's latest `evaluate` run on the split, in the challenger's or the config's experiment."""
+        experiments = {self.run.info.experiment_id} if self.run is not None else set()
+        if (own := self.registry.client.get_experiment_by_name(self.registry.tracking.experiment)) is not None:
+            experiments.add(own.experiment_id)
+        condition = f"tags.stage = 'evaluate' AND tags.`model.version` = '{version.label}' AND tags.on = 'test'"
+        runs = self._search(sorted(experiments), condition, "attributes.start_time DESC")
+        tables = (self._fetch(run.info.run_id) for run in runs)
+        return next((table for table in tables if table is not None), None)
+
+    def _search(self, experiments: list[str], condition: str, order: str) -> list[Any]:
+        """Finished runs on the split."""
+        split = f"tags.task = '{self.task}' AND tags.`data.fingerprint` = '{self.fingerprint}'"
+        condition = f"{condition} AND {split} AND attributes.status = 'FINISHED'"
+        return list(self.registry.client.search_runs(experiments, condition, order_by=[order], max_results=20))
+
+    def _fetch(self, run_id: str) -> pd.DataFrame | None:
+        """The run's predictions of its test split; None if it has none, or a table of another form."""
+        import pandas as pd
+
+        client, folder = self.registry.client, PREDICTIONS.rpartition("/")[0]
+        if PREDICTIONS not in {file.path for file in client.list_artifacts(run_id, folder)}:
+            return None
+        with tempfile.TemporaryDirectory() as temporary:
+            table = pd.read_parquet(Path(client.download_artifacts(run_id, PREDICTIONS, temporary)))
+        return table if set(table.columns) >= _COLUMNS else None
+
+    def _command(self, name: str, options: Mapping[str, str], experiment: str) -> str:
+        """A command on the bins of the challenger's run."""
+        params: Mapping[str, str] = self.run.data.params if self.run else {}
+        defaults, tracking = BinsConfig(), self.registry.tracking
+        bins = {option: params[option] for option in option_names(BinsConfig) if params.get(option, "None") != "None"}
+        bins["workspace"] = self.workspace
+        if "root" not in params and self.run and "data.root" in self.run.data.tags:
+            bins["root"] = self.run.data.tags["data.root"]
+        changed = {option: text for option, text in bins.items() if text != _as_param(defaults, option)}
+        stores = {"tracking.uri": tracking.uri, "tracking.registry_uri": tracking.registry_uri}
+        given = {option: without_credentials(uri) for option, uri in stores.items() if uri}
+        if experiment != TrackingConfig().experiment:
+            given["tracking.experiment"] = experiment
+        words = [f"--{option} {shlex.quote(text)}" for option, text in {**options, **changed, **given}.items()]
+        return " ".join(["stocktake", name, *words])
+
+
+def _as_param(settings: object, option: str) -> str:
+    """A setting as a run's params have it."""
+    value = operator.attrgetter(option)(settings)
+    return str(list(value) if isinstance(value, tuple) else value)

@@ -1,93 +1,84 @@
-"""Promotions and rollbacks: aliases that move, and a history that says who moved them, when and why.
+"""Promotions and rollbacks: aliases that move, and who moved them, when and why.
 
-The history is a JSON list in the tag `promotion.history` of each version: what happened to that version. All events
-of a model have numbers of one row, given under the promotion lock, so that clocks do not matter.
+Tags of the registered model keep what aliases do not: `champion.previous`, the versions that were the champion before,
+latest first, so that a rollback is one lookup; and a tag `promotion.<time>` for each event.
 """
 
 from __future__ import annotations
 
+import getpass
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from stocktake.errors import StocktakeError
-from stocktake.registry.promotion_lock import PromotionLock, who
-from stocktake.registry.versions import CHALLENGER, CHAMPION, ModelRegistry, Version
+from filelock import FileLock
 
-HISTORY_TAG = "promotion.history"
-CHALLENGED, PROMOTED, FORCED, REFUSED, ROLLED_BACK = "challenger", "promoted", "forced", "refused", "rolled back"
-_HISTORY_LENGTH = 30_000  # characters; MySQL's stores keep 65,535 bytes
+from stocktake.errors import StocktakeError
+from stocktake.registry.versions import CHALLENGER, CHAMPION, ModelRegistry, Version
+from stocktake.tracking.addresses import sqlite_file
+
+CHALLENGED, PROMOTED, FORCED, REJECTED, ROLLED_BACK = "challenger", "promoted", "forced", "rejected", "rolled back"
+PREVIOUS_TAG = "champion.previous"
+EVENT_TAG = "promotion."
+_PREVIOUS = 50
+"""Earlier champions that are remembered."""
 _REASON_LENGTH = 500
+_TAG_LENGTH = 5000
+"""Characters of a registered model's tag that every store keeps."""
+
+
+class ChampionMovedError(StocktakeError):
+    """Somebody else moved the alias champion meanwhile; nothing was changed."""
+
+    def __init__(self, name: str, expected: int | None, actual: int | None) -> None:
+        self.expected, self.actual = expected, actual
+        shown = ["none" if number is None else f"version {number}" for number in (actual, expected)]
+        super().__init__(
+            f"the champion of {name} is {shown[0]} by now and was {shown[1]}: somebody else promotes or rolls back;"
+            " nothing was changed, try again"
+        )
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened to a version."""
+    """One change of a registered model's aliases, or a rejection by the gate."""
 
-    number: int
-    """Of all events of the registered model, in their order."""
-    action: str
-    """challenger, promoted, forced, refused or rolled back."""
     at: str
     """2026-11-03T12:00:00Z"""
-    by: str
-    """user@host"""
-    why: str | None
+    action: str
+    """challenger, promoted, forced, rejected or rolled back."""
+    version: int
+    """The version that it is about."""
     before: int | None
     """The champion's version before it."""
     after: int | None
     """The champion's version after it."""
-    version: int
-    """What it is about."""
+    by: str
+    """user@host"""
+    reason: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """As it is kept."""
-        return {
-            "n": self.number,
-            "action": self.action,
-            "at": self.at,
-            "by": self.by,
-            "why": self.why,
-            "from": self.before,
-            "to": self.after,
-            "version": self.version,
-            "figures": self.figures,
-        }
+
+def history(registry: ModelRegistry) -> list[Event]:
+    """Return all events in order, without those that somebody edited beyond reading."""
+    tags: Mapping[str, str] = registry.registered().tags
+    events = []
+    for _, text in sorted((key, text) for key, text in tags.items() if key.startswith(EVENT_TAG)):
+        try:
+            events.append(Event(**json.loads(text)))
+        except (ValueError, TypeError):
+            continue
+    return events
 
 
-def history(versions: Sequence[Version]) -> list[Event]:
-    """What happened to the versions, in order."""
-    events = [event for version in versions for event in _events(version)]
-    return sorted(events, key=lambda event: (event.number, event.at))
-
-
-def earlier_champion(events: Sequence[Event], champion: int, existing: set[int]) -> int | None:
-    """The version that was the champion before this one was promoted; None if none was, or it was deleted.
-
-    A rollback takes the promotions after it back, so that one rollback after another goes further back.
-
-    Args:
-        events: in order.
-        champion: the version that is the champion now.
-        existing: the versions that there are.
-    """
-    reigned: list[int] = []
-    for event in events:
-        if event.action in (PROMOTED, FORCED) and event.after is not None:
-            if event.before is not None and (not reigned or reigned[-1] != event.before):
-                reigned.append(event.before)  # moved there by other hands than these
-            reigned.append(event.after)
-        elif event.action == ROLLED_BACK and event.after in reigned:
-            del reigned[len(reigned) - reigned[::-1].index(event.after) :]
-    if champion in reigned:
-        del reigned[len(reigned) - 1 - reigned[::-1].index(champion) :]
-    return next((number for number in reversed(reigned) if number in existing and number != champion), None)
-
-
-def challenge(registry: ModelRegistry, version: Version) -> None:
+def set_challenger(registry: ModelRegistry, version: Version) -> None:
     """Put the alias challenger on the version.
 
     Raises:
@@ -98,133 +89,133 @@ def challenge(registry: ModelRegistry, version: Version) -> None:
     registry.set_alias(CHALLENGER, version)
 
 
-def note_challenger(registry: ModelRegistry, version: Version, reason: str | None) -> Event:
-    """Note that the version was made the challenger, and no more than that."""
+def record_challenger(registry: ModelRegistry, version: Version, reason: str | None) -> Event:
+    """Record that the version was made the challenger and nothing more."""
     champion = registry.aliases().get(CHAMPION)
-    return _record(registry, version, CHALLENGED, reason, champion, champion, {})
+    return _record(registry, CHALLENGED, version, champion, champion, reason)
 
 
-def refuse(
+def record_rejection(
     registry: ModelRegistry, version: Version, champion: Version | None, reason: str | None, figures: Mapping[str, Any]
 ) -> Event:
-    """Note that the gate did not let the version pass. It stays the challenger."""
+    """Record that the gate rejected the version. It stays the challenger."""
     number = champion.number if champion else None
-    return _record(registry, version, REFUSED, reason, number, number, figures)
+    return _record(registry, REJECTED, version, number, number, reason, figures)
 
 
 def set_champion(
     registry: ModelRegistry,
-    lock: PromotionLock,
     version: Version,
     champion: Version | None,
     *,
-    forced: bool,
-    reason: str | None,
-    figures: Mapping[str, Any],
+    forced: bool = False,
+    reason: str | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> Event:
-    """Make the version the champion.
+    """Make the version the champion if the champion is still the expected one.
+
+    MLflow has no compare-and-set. In a local store the comparison and the writing are one step under a lock beside the
+    database. On a server the alias is compared before and after the writing: of two promotions within milliseconds the
+    later one counts, and the earlier one is told unless it had finished.
 
     Args:
         registry: opened.
-        lock: held.
         version: the challenger.
-        champion: what the gate held it against.
+        champion: the expected champion, which the gate compared the version with.
         forced: whether the gate was overruled.
         reason: for the history.
         figures: for the history.
 
     Raises:
-        StocktakeError: the champion is another one by now, or the lock was taken over; nothing was changed.
+        ChampionMovedError: the champion is another one by now.
     """
-    lock.still_held()
-    now = registry.aliases().get(CHAMPION)
     before = champion.number if champion else None
-    if now != before:
-        raise StocktakeError(
-            f"the champion of {registry.name} is {_named(now)} by now, and the gate compared with {_named(before)};"
-            " nothing was changed: promote again"
-        )
-    registry.set_alias(CHAMPION, version)
-    registry.drop_alias(CHALLENGER, version)
-    return _record(registry, version, FORCED if forced else PROMOTED, reason, before, version.number, figures)
+    _move(registry, before, version, ([before] if before else []) + _previous(registry))
+    return _record(registry, FORCED if forced else PROMOTED, version, before, version.number, reason, figures)
 
 
-def roll_back(registry: ModelRegistry, lock: PromotionLock, reason: str | None) -> tuple[Version, Version, Event]:
-    """Make the champion before this one the champion again.
+def roll_back(registry: ModelRegistry, reason: str | None = None) -> tuple[Version, Version, Event]:
+    """Make the champion before this one the champion again; once more goes further back.
 
     Returns:
         The version that was the champion, the one that is now, and the event.
 
     Raises:
         StocktakeError: there is no champion, or none before it.
+        ChampionMovedError: the champion is another one by now.
     """
     champion = registry.champion()
     if champion is None:
         raise StocktakeError(f"{registry.name} has no champion to roll back from: `stocktake promote` makes one")
-    versions = registry.versions()
-    numbers = {version.number: version for version in versions}
-    earlier = earlier_champion(history(versions), champion.number, set(numbers))
-    if earlier is None:
+    versions = {version.number: version for version in registry.versions()}
+    existing = [number for number in _previous(registry) if number in versions]
+    previous = [*itertools.dropwhile(lambda number: number == champion.number, existing)]
+    if not previous:
         raise StocktakeError(
             f"{champion.label} is the first champion, there is none to go back to: promote another version"
             " (`stocktake registry` lists them)"
         )
-    lock.still_held()
-    registry.set_alias(CHAMPION, numbers[earlier])
-    registry.drop_alias(CHALLENGER, numbers[earlier])
-    event = _record(registry, champion, ROLLED_BACK, reason, champion.number, earlier, {})
-    return champion, registry.version(str(earlier)), event
+    _move(registry, champion.number, versions[previous[0]], previous[1:])
+    event = _record(registry, ROLLED_BACK, champion, champion.number, previous[0], reason)
+    return champion, registry.version(str(previous[0])), event
+
+
+def _previous(registry: ModelRegistry) -> list[int]:
+    """The versions that were the champion before, latest first."""
+    text = registry.registered().tags.get(PREVIOUS_TAG, "")
+    return [int(number) for number in text.split(",") if number.isdecimal()]
+
+
+def _move(registry: ModelRegistry, expected: int | None, version: Version, previous: list[int]) -> None:
+    """Compare-and-set of the alias champion."""
+    with _local_lock(registry):
+        _compare(registry, expected)
+        # Before the alias: a process killed in between leaves a list whose first entry is the champion, and is skipped.
+        text = ",".join(map(str, previous[:_PREVIOUS]))
+        registry.client.set_registered_model_tag(registry.name, PREVIOUS_TAG, text)
+        registry.set_alias(CHAMPION, version)
+    registry.delete_alias(CHALLENGER, version)
+    _compare(registry, version.number)
+
+
+def _compare(registry: ModelRegistry, expected: int | None) -> None:
+    actual = registry.aliases().get(CHAMPION)
+    if actual != expected:
+        raise ChampionMovedError(registry.name, expected, actual)
+
+
+@contextmanager
+def _local_lock(registry: ModelRegistry) -> Iterator[None]:
+    database = sqlite_file(registry.connection.stores.registry)
+    if database is None:
+        yield
+        return
+    with FileLock(f"{database}.promotion.lock"):
+        yield
 
 
 def _record(
     registry: ModelRegistry,
-    version: Version,
     action: str,
-    why: str | None,
+    version: Version,
     before: int | None,
     after: int | None,
-    figures: Mapping[str, Any],
+    reason: str | None,
+    figures: Mapping[str, Any] | None = None,
 ) -> Event:
-    """Append an event to the history of the version it is about."""
-    versions = registry.versions()
-    number = max((event.number for event in history(versions)), default=0) + 1
-    moment = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    why = why.strip()[:_REASON_LENGTH] if why else None
-    event = Event(number, action, moment, who(), why or None, before, after, version.number, dict(figures))
-    held = next((_events(one) for one in versions if one.number == version.number), [])
-    registry.set_tag(version, HISTORY_TAG, _shortened([*held, event]))
+    reason = (reason or "").strip()[:_REASON_LENGTH] or None
+    at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    event = Event(at, action, version.number, before, after, _user(), reason, dict(figures or {}))
+    while len(text := json.dumps(asdict(event))) > _TAG_LENGTH and event.figures:
+        event.figures.popitem()
+    registry.client.set_registered_model_tag(registry.name, f"{EVENT_TAG}{time.time_ns()}", text)
     return event
 
 
-def _shortened(events: list[Event]) -> str:
-    """The events as text of a length that every store takes: refusals go first, then what is oldest."""
-    events = list(events)
-    while len(text := json.dumps([event.as_json() for event in events])) > _HISTORY_LENGTH and len(events) > 1:
-        unimportant = (place for place, one in enumerate(events[:-1]) if one.action in (REFUSED, CHALLENGED))
-        del events[next(unimportant, 0)]
-    return text
-
-
-def _events(version: Version) -> list[Event]:
-    """The history of one version; what cannot be read, because somebody edited it, is none."""
+def _user() -> str:
+    """user@host"""
     try:
-        return [
-            Event(
-                int(one["n"]),
-                one["action"],
-                one["at"],
-                one["by"],
-                one["why"],
-                one["from"],
-                one["to"],
-                one["version"],
-                one["figures"],
-            )
-            for one in json.loads(version.tags.get(HISTORY_TAG, "[]"))
-        ]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def _named(number: int | None) -> str:
-    return "none" if number is None else f"version {number}"
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container may have no user name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

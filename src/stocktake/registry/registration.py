@@ -1,24 +1,33 @@
-"""A run of the store, by its id, name or folder, as a version of the registered model."""
+"""A run's model becomes a version of the registered model, with the alias candidate."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.registry.models import ASKED_TAG, CANDIDATE, COPIED_TAGS, version_of_model
-from stocktake.registry.versions import ModelRegistry, Version
-from stocktake.tracking.local_store import FINISHED, RUNNING, LocalRun, now_ms
+from stocktake.registry.model_card_data import try_to_publish_card
+from stocktake.registry.models import search_versions
+from stocktake.registry.versions import CANDIDATE, ModelRegistry, Version
+from stocktake.tracking.local_store import FINISHED, RUNNING, LocalRun
 
 MODEL = "model"
 """The name under which a run logs its model."""
+COPIED_TAGS = ("task", "stage", "data.fingerprint")
+"""Of the run: a version has them too."""
+_MODEL_DESCRIPTION = (
+    "Counts the items in a warehouse bin: image bytes in; quantity, confidence and probabilities out."
+    " The alias `candidate` is the last version that was registered, `champion` the one that is deployed."
+)
 
 
 def register_run(registry: ModelRegistry, asked: str, runs: Path) -> Version:
-    """Make a finished run's model a version, and point the alias candidate at it.
+    """Make a finished run's model a version, and move the alias candidate onto it.
 
-    Asked twice for the same run it is the same version.
+    The same run is the same version again.
 
     Args:
         registry: opened.
@@ -26,7 +35,7 @@ def register_run(registry: ModelRegistry, asked: str, runs: Path) -> Version:
         runs: where a folder is looked for that is given by its name.
 
     Raises:
-        StocktakeError: no such run, several of the name, not finished, or without a model.
+        StocktakeError: no such run, several of the name, not finished, not uploaded, or without a model.
     """
     run = _find(registry, asked, runs)
     name = run.info.run_name
@@ -36,14 +45,50 @@ def register_run(registry: ModelRegistry, asked: str, runs: Path) -> Version:
     tags = {key: run.data.tags[key] for key in COPIED_TAGS if key in run.data.tags}
     if (score := run.data.metrics.get("val/macro_f1")) is not None:
         tags["val/macro_f1"] = f"{score:.6g}"
-    moment = str(now_ms())
-    number = version_of_model(
-        registry.client, registry.name, model.model_id, run.info.run_id, {**tags, ASKED_TAG: moment}, f"Of run {name}."
-    )
-    version = registry.version(number)
-    registry.set_alias(CANDIDATE, version)
-    registry.set_tag(version, ASKED_TAG, moment)  # what an older run asks for later does not take the alias
+    number = _find_or_create_version(registry, model.model_id, run.info.run_id, tags, f"Of run {name}.")
+    registry.set_alias(CANDIDATE, registry.version(number))
     return registry.version(number)
+
+
+def register_candidate(tracking: TrackingConfig, run: Path, workspace: Path) -> Version | None:
+    """Register a run that has just finished, with its card; an error is a warning that names the command for later.
+
+    Args:
+        tracking: the store and the registered model's name.
+        run: the run's folder.
+        workspace: that the run's folder is in.
+    """
+    command = f"`stocktake register --run {run}` registers it"
+    if tracking.offline:
+        print(f"candidate: {run.name}; once `stocktake sync` has uploaded it, {command}")
+        return None
+    try:
+        with ModelRegistry(tracking).opened() as registry:
+            version = register_run(registry, str(run), workspace / "runs")
+            print(f"candidate: {version.label} ({version.tags.get('stage', '?')}), models:/{version.name}@{CANDIDATE}")
+            try_to_publish_card(registry, version, workspace)
+            return version
+    except StocktakeError as error:
+        print(f"warning: not registered ({error}); later, {command}", file=sys.stderr)
+        return None
+
+
+def _find_or_create_version(
+    registry: ModelRegistry, model_id: str, run_id: str, tags: dict[str, str], description: str
+) -> str:
+    from mlflow.exceptions import MlflowException
+
+    client, name, source = registry.client, registry.name, f"models:/{model_id}"
+    try:
+        client.create_registered_model(name, description=_MODEL_DESCRIPTION)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = next((version for version in search_versions(client, name) if version.source == source), None)
+    if version is None:
+        options = {"tags": tags, "description": description, "await_creation_for": 0, "model_id": model_id}
+        version = client.create_model_version(name, source, run_id=run_id, **options)
+    return str(version.version)
 
 
 def _find(registry: ModelRegistry, asked: str, runs: Path) -> Any:
@@ -62,59 +107,54 @@ def _find(registry: ModelRegistry, asked: str, runs: Path) -> Any:
     experiment_name = registry.tracking.experiment
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
-        names = ", ".join(repr(one.name) for one in client.search_experiments(max_results=30))
+        names = ", ".join(repr(experiment.name) for experiment in client.search_experiments(max_results=30))
         raise StocktakeError(f"there is no experiment {experiment_name!r}: --tracking.experiment can be {names}")
+
+    def search(condition: str) -> list[Any]:
+        order = ["attributes.start_time DESC"]
+        return list(client.search_runs([experiment.experiment_id], condition, order_by=order, max_results=6))
+
     quoted = asked.replace("'", "")
-    found = client.search_runs(
-        [experiment.experiment_id],
-        f"attributes.run_name = '{quoted}'",
-        order_by=["attributes.start_time DESC"],
-        max_results=6,
-    )
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise StocktakeError(f"several runs are named {asked}: give the id of one as --run, such as {_listed(found)}")
-    latest = client.search_runs(
-        [experiment.experiment_id], "attributes.status = 'FINISHED'", order_by=["attributes.start_time DESC"]
-    )[:6]
-    there = f"--run can be {_listed(latest)}" if latest else "it has no finished run"
-    raise StocktakeError(f"no run folder and no run {asked!r} in the experiment {experiment_name!r}: {there}")
+    matches = search(f"attributes.run_name = '{quoted}'")
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise StocktakeError(f"several runs are named {asked}: give the id of one as --run, such as {_listed(matches)}")
+    latest = search("attributes.status = 'FINISHED'")
+    hint = f"--run can be {_listed(latest)}" if latest else "it has no finished run"
+    raise StocktakeError(f"no run folder and no run {asked!r} in the experiment {experiment_name!r}: {hint}")
 
 
 def _uploaded(path: Path, runs: Path) -> str:
-    """The id of a run folder's run."""
+    """Return the id of a run folder's run."""
     folder = LocalRun.open(path)
     if folder.state.status == RUNNING:
         raise StocktakeError(f"{path} has not finished: register a run that has")
     run_id = folder.state.upload.run_id
     if run_id is None or folder.pending():
-        missing = ", ".join(folder.pending())
         raise StocktakeError(
-            f"{path} is not in the store in full ({missing}): `stocktake sync --workspace {runs.parent}` uploads it"
+            f"{path} is not in the store in full: `stocktake sync --workspace {runs.parent}` uploads it"
         )
     return run_id
 
 
 def _model(registry: ModelRegistry, run: Any) -> Any:
-    """The run's model."""
     client, run_id = registry.client, run.info.run_id
     experiments = [run.info.experiment_id]
-    held = client.search_logged_models(experiments, filter_string=f"source_run_id = '{run_id}'")
-    ready = [model for model in held if str(model.status) in ("READY", "LoggedModelStatus.READY")]
-    named = [model for model in ready if model.name == MODEL] or ready
-    if named:
+    models = client.search_logged_models(experiments, filter_string=f"source_run_id = '{run_id}'")
+    ready = [model for model in models if str(model.status) in ("READY", "LoggedModelStatus.READY")]
+    if named := [model for model in ready if model.name == MODEL] or ready:
         return max(named, key=lambda model: int(model.creation_timestamp))
-    below = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=6)
-    hint = f"; its child runs are {_listed(below)}" if below else ""
+    children = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=6)
+    hint = f"; its child runs are {_listed(children)}" if children else ""
     raise StocktakeError(f"the run {run.info.run_name} has no model to register: give another --run{hint}")
 
 
 def _listed(runs: list[Any]) -> str:
-    """Runs as one would choose between them."""
+    """Runs with what one would choose between them by."""
     shown = []
     for run in runs:
         score = run.data.metrics.get("val/macro_f1")
-        told = f", val/macro_f1 {score:.3f}" if score is not None else ""
-        shown.append(f"{run.info.run_id} ({run.info.run_name}{told})")
+        figure = f", val/macro_f1 {score:.3f}" if score is not None else ""
+        shown.append(f"{run.info.run_id} ({run.info.run_name}{figure})")
     return ", ".join(shown)

@@ -1,7 +1,6 @@
-"""The versions of one registered model: found by number or alias; what is missing is said with what there is.
+"""The versions of one registered model, found by number or alias.
 
-candidate: the last that a ladder or `register` proposed. challenger: on its way through the gate. champion: what is
-deployed.
+Aliases: candidate, the last that was registered; challenger, on its way through the gate; champion, what is deployed.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ from typing import Any
 
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.registry.models import CANDIDATE, pinned
+from stocktake.registry.models import search_versions
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
 
-CHALLENGER, CHAMPION = "challenger", "champion"
-ALIASES = (CANDIDATE, CHALLENGER, CHAMPION)
+CANDIDATE, CHALLENGER, CHAMPION = "candidate", "challenger", "champion"
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,12 @@ class ModelRegistry:
 
     @property
     def client(self) -> Any:
-        """MLflow's."""
+        """MLflow's client."""
         return self.connection.client
 
     @contextmanager
     def opened(self) -> Iterator[ModelRegistry]:
-        """Itself, where the store answers; what it refuses later is one line as well.
+        """Yield itself once the store answers; an MLflow error in the block becomes a StocktakeError.
 
         Raises:
             StocktakeError: the store cannot be used, or refuses something.
@@ -80,22 +78,40 @@ class ModelRegistry:
             except MlflowException as error:
                 raise StocktakeError(f"{self.connection.shown}: {brief(error)}") from error
 
-    def versions(self) -> list[Version]:
-        """All of them, by number.
+    def registered(self) -> Any:
+        """Return MLflow's registered model, which has the aliases and the tags.
 
         Raises:
-            StocktakeError: there is no such registered model.
+            StocktakeError: there is none of the name, naming those that exist.
         """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            names = ", ".join(model.name for model in self.client.search_registered_models(max_results=20))
+            hint = f"--model_name can be {names}" if names else "`stocktake register --run RUN` makes the first"
+            raise StocktakeError(
+                f"there is no registered model {self.name!r} in {self.connection.shown}: {hint}"
+            ) from error
+
+    def aliases(self) -> dict[str, int]:
+        """Return the version number of each alias."""
+        return {alias: int(number) for alias, number in self.registered().aliases.items()}
+
+    def versions(self) -> list[Version]:
+        """Return all versions by number."""
         aliases = self.aliases()
-        quoted = self.name.replace("'", "''")
-        found = [_read(one, aliases) for one in self.client.search_model_versions(f"name = '{quoted}'")]
-        return sorted(found, key=lambda version: version.number)
+        versions = [_read(version, aliases) for version in search_versions(self.client, self.name)]
+        return sorted(versions, key=lambda version: version.number)
 
     def version(self, asked: str) -> Version:
-        """By number or alias.
+        """Return a version by its number or alias.
 
         Raises:
-            StocktakeError: there is none, naming those that there are.
+            StocktakeError: there is none, naming those that exist.
         """
         from mlflow.exceptions import MlflowException
 
@@ -107,56 +123,22 @@ class ModelRegistry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        numbers = ", ".join(str(one.number) for one in self.versions()[-10:]) or "none"
-        held = ", ".join(f"{alias} ({version})" for alias, version in aliases.items()) or "no alias"
-        raise StocktakeError(f"{self.name} has no version {asked}: --version can be {numbers}, or {held}")
+        numbers = ", ".join(str(version.number) for version in self.versions()[-10:]) or "none"
+        shown = ", ".join(f"{alias} ({version})" for alias, version in aliases.items()) or "no alias"
+        raise StocktakeError(f"{self.name} has no version {asked}: --version can be {numbers}, or {shown}")
 
     def champion(self) -> Version | None:
-        """What is deployed; None while nothing is."""
+        """Return what is deployed; None while nothing is."""
         return self.version(CHAMPION) if CHAMPION in self.aliases() else None
-
-    def aliases(self) -> dict[str, int]:
-        """The number of the version that each alias is on.
-
-        Raises:
-            StocktakeError: there is no such registered model, naming those that there are.
-        """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            registered = self.client.get_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            names = ", ".join(one.name for one in self.client.search_registered_models(max_results=20))
-            there = f"--model_name can be {names}" if names else "`stocktake register --run RUN` makes the first"
-            raise StocktakeError(
-                f"there is no registered model {self.name!r} in {self.connection.shown}: {there}"
-            ) from error
-        return {alias: int(number) for alias, number in registered.aliases.items()}
 
     def set_alias(self, alias: str, version: Version) -> None:
         """Move an alias onto the version."""
         self.client.set_registered_model_alias(self.name, alias, str(version.number))
 
-    def drop_alias(self, alias: str, version: Version) -> None:
-        """Take an alias away, if it is on the version."""
+    def delete_alias(self, alias: str, version: Version) -> None:
+        """Delete an alias if it is on the version."""
         if self.aliases().get(alias) == version.number:
             self.client.delete_registered_model_alias(self.name, alias)
-
-    def set_tag(self, version: Version, key: str, value: str) -> None:
-        """Set a tag of the version."""
-        self.client.set_model_version_tag(self.name, str(version.number), key, value)
-
-
-def version_label(uri: str, tracking: TrackingConfig) -> str | None:
-    """`stocktake/3` for a models:/ address of a registered version, whatever alias it goes by; None for any other.
-
-    Raises:
-        StocktakeError: the store cannot be used.
-    """
-    name, _, number = pinned(uri, tracking).removeprefix("models:/").rpartition("/")
-    return f"{name}/{number}" if uri.startswith("models:/") and name and number.isdecimal() else None
 
 
 def _read(version: Any, aliases: dict[str, int]) -> Version:
@@ -164,7 +146,7 @@ def _read(version: Any, aliases: dict[str, int]) -> Version:
     return Version(
         name=version.name,
         number=number,
-        aliases=tuple(alias for alias, held in aliases.items() if held == number),
+        aliases=tuple(alias for alias, aliased in aliases.items() if aliased == number),
         run_id=version.run_id or None,
         source=version.source or "",
         tags=dict(version.tags),

@@ -41,7 +41,6 @@ def upload(folder: LocalRun, connection: Connection) -> list[str]:
 
     Raises UploadError with the first failure, after the remaining steps.
     """
-    from stocktake.registry.models import register_pending
 
     try:
         with connection.bounded():
@@ -58,7 +57,6 @@ def upload(folder: LocalRun, connection: Connection) -> list[str]:
         "artifacts": _artifacts,
         "models": _models,
         "model metrics": _model_metrics,
-        "registration": register_pending,
         "status": _status,
     }
     done, failure = [], None
