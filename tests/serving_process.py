@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,21 +38,29 @@ class Answer:
 
 
 class ServerProcess:
-    """`run_worker` in another process. While the file `gate` exists, its forward passes wait.
+    """The application under uvicorn in another process. While the file `gate` exists, its forward passes wait.
 
     While the file `fault` beside it exists, they fail.
     """
 
-    def __init__(self, folder: Path, scratch: Path, listener: socket.socket | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        listener: socket.socket | None = None,
+        batch_mode: bool = False,
+        **settings: Any,
+    ) -> None:
         self.gate = scratch / "gate"
         self.fault = scratch / "fault"
         self.log = scratch / "server.log"
         listener = listener.dup() if listener else socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = listener.getsockname()[1]
         order = {"folder": str(folder), "gate": str(self.gate), "listener": listener.fileno(), "settings": settings}
+        order["batch_mode"] = batch_mode
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps(order)],
+                [sys.executable, "-P", __file__, json.dumps(order)],
                 pass_fds=[listener.fileno()],
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -86,12 +94,18 @@ class ServerProcess:
         """The log so far."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
-    def figures(self) -> dict[str, float]:
-        """Of /metrics."""
-        lines = self.ask("/metrics").body.decode().splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    def request_line(self, request_id: str) -> dict[str, Any]:
+        """The log's line of a request, once it is written."""
+        line: dict[str, Any] = eventually(
+            lambda: next((line for line in self.lines() if line.get("request") == request_id), None)
+        )
+        return line
 
-    def tell(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def waiting(self) -> int:
+        """Photos that wait or are being predicted."""
+        return int(self.ask("/waiting").body)
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
     def wait(self) -> int:
@@ -135,26 +149,32 @@ def ask(
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
-def same(told: dict[str, Any], count: Prediction) -> bool:
+def same(answer: dict[str, Any], prediction: Prediction) -> bool:
     """Whether the answer is this photo's. No two of them agree in their probabilities."""
-    shares = {str(quantity): share for quantity, share in count.probabilities.items()}
+    shares = {str(quantity): share for quantity, share in prediction.probabilities.items()}
     return (
-        told["quantity"] == count.quantity
-        and told["model_version"] == count.model_version
-        and told["likely_quantities"] == list(count.likely_quantities)
-        and told["probabilities"].keys() == shares.keys()
-        and all(abs(told["probabilities"][quantity] - share) < 1e-5 for quantity, share in shares.items())
-        and abs(told["confidence"] - count.confidence) < 1e-5
+        answer["quantity"] == prediction.quantity
+        and answer["model_version"] == prediction.model_version
+        and answer["likely_quantities"] == list(prediction.likely_quantities)
+        and answer["error"] is None
+        and answer["probabilities"].keys() == shares.keys()
+        and all(abs(answer["probabilities"][quantity] - share) < 1e-5 for quantity, share in shares.items())
+        and abs(answer["confidence"] - prediction.confidence) < 1e-5
     )
 
 
+def all_same(answers: Sequence[dict[str, Any]], predictions: Sequence[Prediction]) -> bool:
+    """Whether the answers are those of these photos, in order."""
+    return all(same(answer, prediction) for answer, prediction in zip(answers, predictions, strict=True))
+
+
 def refused(answer: Answer, status: int, reason: str = "") -> None:
+    """Check that a request was refused, with a reason that has this part."""
     assert answer.status == status
     assert answer.headers["content-type"] == "application/json"
     error = answer.json()["error"]
-    assert error["status"] == status
-    assert reason in error["reason"]
-    assert "Traceback" not in error["reason"]
+    assert reason in error
+    assert "Traceback" not in error
 
 
 def eventually(condition: Callable[[], Any]) -> Any:
@@ -168,13 +188,19 @@ def eventually(condition: Callable[[], Any]) -> Any:
 
 def main() -> None:
     """The process."""
+    import uvicorn
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    from stocktake.serving.app import create_app
     from stocktake.serving.predictor import Predictor
-    from stocktake.serving.server import run_worker
     from stocktake.serving.settings import ServerSettings
+    from stocktake.serving.supervisor import server_config
+    from stocktake.serving.telemetry import start_logging
 
     order = json.loads(sys.argv[1])
 
-    class GatedCounter(Predictor):
+    class GatedPredictor(Predictor):
         def probabilities(self, prepared: Any) -> Any:
             while Path(order["gate"]).exists():
                 time.sleep(0.005)
@@ -182,12 +208,21 @@ def main() -> None:
                 raise RuntimeError("the engine failed")
             return super().probabilities(prepared)
 
-    def ready() -> None:
-        os.write(1, b"ready\n")
+    class TellReady(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            os.write(1, b"ready\n")
 
     settings = ServerSettings(**({"threads": 1} | order["settings"]))
-    counter = GatedCounter(Path(order["folder"]), threads=settings.threads)
-    run_worker(counter, settings, socket.socket(fileno=order["listener"]), ready)
+    predictor = GatedPredictor(Path(order["folder"]), threads=settings.threads)
+    log = start_logging()
+    app = create_app(predictor, settings, batch_mode=order["batch_mode"], on_end=log.stop)
+
+    async def waiting(_: Any) -> PlainTextResponse:
+        return PlainTextResponse(str(app.state.service.pool.waiting))
+
+    app.routes.append(Route("/waiting", waiting))
+    TellReady(server_config(lambda: app, settings)).run([socket.socket(fileno=order["listener"])])
 
 
 if __name__ == "__main__":

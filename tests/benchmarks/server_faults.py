@@ -26,7 +26,7 @@ from stocktake.models.network import create_network
 from stocktake.serving.predictor import Predictor
 from tiny_bins import PLAIN_BACKBONE, draw_bin
 
-MOST_GROWTH = 5.0
+MAX_GROWTH = 5.0
 """Per cent of memory."""
 
 
@@ -41,11 +41,11 @@ def main() -> None:
         if options.model is None:
             export_model(create_network((1, 2, 3), 64, PLAIN_BACKBONE, "none", seed=1).eval(), folder)
         photos = [draw_bin(1 + number % 3, number, size=160) for number in range(30)]
-        expected = [count.probabilities for count in Predictor(folder).predict(photos)]
+        expected = [prediction.probabilities for prediction in Predictor(folder).predict(photos)]
 
-        def right(told: dict[str, Any], number: int) -> bool:
+        def right(record: dict[str, Any], number: int) -> bool:
             shares = expected[number]
-            return all(abs(told["probabilities"][str(label)] - share) < 1e-3 for label, share in shares.items())
+            return all(abs(record["probabilities"][str(label)] - share) < 1e-3 for label, share in shares.items())
 
         start = time.perf_counter()
         with serving(folder, **SETTINGS) as server:
@@ -54,7 +54,7 @@ def main() -> None:
                 server, photos, right, options.requests, lambda: worker.memory_info().rss, threads=options.threads
             )
             crashed = server.process.poll() is not None
-            faults = [line for line in server.lines() if "fault" in line]
+            faults = [line for line in server.lines() if "traceback" in line]
     malformed = sum(report.malformed.values())
     print(f"requests        {report.requests} in {time.perf_counter() - start:.0f} s, by {options.threads} clients")
     print(f"malformed       {malformed} ({malformed / report.requests:.1%})")
@@ -64,7 +64,7 @@ def main() -> None:
     print(f"wrong answers   {len(report.wrong_answers)} {report.wrong_answers[:10]}")
     print(f"crashes         {int(crashed)}; faults in the log {len(faults)} {json.dumps(faults[:1])}")
     print(f"memory          {' '.join(f'{held / 2**20:.0f}' for held in report.memory)} MB: {report.growth():+.1f} %")
-    if report.wrong_statuses or report.wrong_answers or crashed or faults or report.growth() > MOST_GROWTH:
+    if report.wrong_statuses or report.wrong_answers or crashed or faults or report.growth() > MAX_GROWTH:
         sys.exit(1)
 
 

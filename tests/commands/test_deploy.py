@@ -116,7 +116,7 @@ def test_a_new_endpoint_that_fails_its_smoke_test_is_left_to_look_into(
 ) -> None:
     ended = deploy("--model", str(exported), "--name", "trial", "--server.max_request_bytes", "1024")
     assert ended.code == 2
-    assert "look into" in ended.err
+    assert "serves it nevertheless" in ended.err
     assert "mlflow deployments delete -t stocktake-local --name trial" in ended.err
     assert endpoints.get("trial").status == "serving"
 
@@ -131,7 +131,7 @@ def test_what_is_wrong_is_told_before_anything_is_deployed(
         (["--model", str(exported), "--settings", "none.yaml"], "--settings none.yaml cannot be read"),
         (["--model", str(exported), "--settings", "bad.yaml"], "--settings bad.yaml: 'wrokers' is no setting"),
         (["--model", str(exported), "--settings", "list.yaml"], "must hold settings"),
-        (["--model", str(exported), "--server.workers", "0"], "--server: workers 0 must be from 1 to 256"),
+        (["--model", str(exported), "--server.workers", "0"], "--server: workers 0"),
         (["--model", str(exported), "--name", "a/b"], "'a/b' is no name of an endpoint"),
         (["--model", str(exported), "--smoke", "-1"], "--smoke -1"),
     ):
@@ -153,11 +153,11 @@ def test_serve_answers_in_the_foreground(exported: Path, state: Path, tmp_path: 
         process = subprocess.Popen([sys.executable, "-m", "stocktake", *words], stderr=log, cwd=tmp_path)
     try:
         deadline = time.monotonic() + 120
-        while not (found := re.search(r"on (http://[\d.:]+)", (tmp_path / "log").read_text())):
+        while not (address := re.search(r"on (http://[\d.:]+)", (tmp_path / "log").read_text())):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        with urllib.request.urlopen(f"{found[1]}/ping", timeout=60) as answer:
+        with urllib.request.urlopen(f"{address[1]}/ping", timeout=60) as answer:
             assert answer.status == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0

@@ -1,4 +1,4 @@
-"""`stocktake predict`: every source of photos, every form of answer, records at variance, and what is set aside."""
+"""`stocktake predict`: every source of photos, every form of answer, records at variance, and what is rejected."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def test_records_are_checked_against_their_photos(predict: Callable[..., Any], e
     assert [row["given_confidence"] for row in rows] == ["high", "low", "", ""]
     assert sum(float(rows[1][f"p_{quantity}"]) for quantity in (1, 2, 3)) == pytest.approx(1, abs=1e-5)
     assert rows[3]["error"] == "file is missing"
-    assert "set aside: gone.jpg: file is missing\n" in ended.err
-    assert "1 set aside; 1 at variance with their records" in ended.err
+    assert "rejected: gone.jpg: file is missing\n" in ended.err
+    assert "1 rejected; 1 at variance with their records" in ended.err
 
     shown = predict("photos/records.csv")
     assert shown.code == 0
-    for word in ("recorded", "variance", "gone.jpg", "file is missing", "true"):
+    for word in ("recorded", "variance", "gone.jpg", "file is missing", "yes"):
         assert word in shown.out
 
 
@@ -124,9 +124,9 @@ def test_bad_photos_are_set_aside_and_all_bad_is_an_error(predict: Callable[...,
     rows = [json.loads(line) for line in (here / "out" / "counts.jsonl").read_text().splitlines()]
     assert [bool(row["error"]) for row in rows] == [False, False, True, True]
     assert rows[2]["quantity"] is None
-    assert "set aside: photos/bad.jpg: photo is not a JPEG, PNG or WebP image\n" in ended.err
+    assert "rejected: photos/bad.jpg: photo is not a JPEG, PNG or WebP image\n" in ended.err
     assert "2 photos counted" in ended.err
-    assert "2 set aside; written to out/counts.jsonl" in ended.err
+    assert "2 rejected; written to out/counts.jsonl" in ended.err
     ended = predict("photos/bad.jpg", "gone.jpg")
     assert ended.code == 2
     assert "none of 2 photos could be counted, the first because: photo is not" in ended.err
@@ -179,7 +179,7 @@ def test_what_is_no_source_of_photos_is_told(predict: Callable[..., Any], here: 
         (["other.csv"], "has no column photo or path, but picture"),
         (["missing.csv"], "missing.csv cannot be read"),
         (["photos", "--batch_size", "0"], "--batch_size 0"),
-        (["photos", "--output", "photos"], "--output photos cannot be written"),
+        (["photos", "--output", "photos"], "photos cannot be written"),
     ):
         ended = predict(*words)
         assert ended.code == 2

@@ -41,13 +41,13 @@ def server(exported_model: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if chromium is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"none of {', '.join(BROWSERS)} is installed")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        opened = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         yield opened
         opened.close()
 
@@ -79,19 +79,19 @@ def choose(opened: Any, name: str, mime: str, content: bytes) -> None:
 
 @pytest.mark.browser
 def test_a_photo_is_counted_and_explained(shown: Any, exported_model: Path, tmp_path: Path) -> None:
-    (count,) = Predictor(exported_model).predict([PHOTO])
+    (prediction,) = Predictor(exported_model).predict([PHOTO])
     choose(shown, "bin.jpg", "image/jpeg", PHOTO)
     shown.locator("#answer").wait_for()
-    assert shown.locator("#quantity").inner_text() == str(count.quantity)
-    assert shown.locator("#confidence").inner_text() == f"{100 * count.confidence:.1f} % sure"
+    assert shown.locator("#quantity").inner_text() == str(prediction.quantity)
+    assert shown.locator("#confidence").inner_text() == f"{100 * prediction.confidence:.1f} % sure"
     rows = shown.locator("#bars li").all()
-    for row, (quantity, share) in zip(rows, count.probabilities.items(), strict=True):
+    for row, (quantity, share) in zip(rows, prediction.probabilities.items(), strict=True):
         assert row.inner_text().split("\n")[0] == str(quantity)
         assert f"{100 * share:.1f} %" in row.inner_text()
-        assert ("best" in (row.get_attribute("class") or "")) == (quantity == count.quantity)
+        assert ("best" in (row.get_attribute("class") or "")) == (quantity == prediction.quantity)
         width = row.locator("i").evaluate("bar => bar.style.width")
         assert float(width.rstrip("%")) == pytest.approx(100 * share, abs=0.01)
-    assert all(str(quantity) in shown.locator("#set").inner_text() for quantity in count.likely_quantities)
+    assert all(str(quantity) in shown.locator("#set").inner_text() for quantity in prediction.likely_quantities)
     overlay = shown.get_by_label("Show where the network looked")
     overlay.wait_for()
     heat = shown.locator("#heat")
@@ -104,7 +104,7 @@ def test_a_photo_is_counted_and_explained(shown: Any, exported_model: Path, tmp_
     shown.screenshot(path=tmp_path / "page.png", full_page=True)
     overlay.uncheck()
     assert heat.is_hidden()
-    assert count.model_version in shown.locator("#model").inner_text()
+    assert prediction.model_version in shown.locator("#model").inner_text()
 
 
 @pytest.mark.browser
@@ -173,8 +173,8 @@ def test_there_is_no_page_unless_asked_for(exported_model: Path) -> None:
 
 def test_a_photo_is_explained_over_http(server: ServerProcess, exported_model: Path) -> None:
     answer = server.ask("/explain", PHOTO, {"content-type": "image/jpeg"})
-    counter = Predictor(exported_model)
-    quantity, drops = occlusion(counter, counter.prepare(PHOTO), 8)
+    predictor = Predictor(exported_model)
+    quantity, drops = occlusion(predictor, predictor.prepare(PHOTO))
     assert answer.status == 200
     assert answer.json()["quantity"] == quantity
     np.testing.assert_allclose(answer.json()["drops"], drops, atol=1e-4)
@@ -193,10 +193,9 @@ class _LooksAtACorner:
         return np.stack([sure, 1 - sure], axis=1)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
-def test_the_part_that_counts_is_found(batch: int) -> None:
+def test_the_part_that_counts_is_found() -> None:
     photo = np.asarray(Image.open(io.BytesIO(draw_bin(2, 701))).resize((64, 64)))
-    quantity, drops = occlusion(_LooksAtACorner(), photo, batch)  # type: ignore[arg-type]
+    quantity, drops = occlusion(_LooksAtACorner(), photo)  # type: ignore[arg-type]
     assert quantity == 1
     assert drops.shape == (GRID, GRID)
     assert np.unravel_index(drops.argmax(), drops.shape) == (GRID - 1, 0)

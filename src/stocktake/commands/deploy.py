@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from stocktake.commands.serve import model_folder, server_settings
 from stocktake.config import DeployConfig
 from stocktake.data.images import PhotoError
 from stocktake.data.manifest import build_manifest
 from stocktake.errors import StocktakeError
-from stocktake.progress import progress
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client
 from stocktake.serving.endpoints import Endpoint
@@ -44,7 +45,7 @@ def deploy(config: DeployConfig) -> dict[str, float]:
     os.environ.pop("MLFLOW_RUN_ID", None)  # a deployment is no run
     settings = server_settings(config.settings, config.server)
     photos = smoke_photos(config)
-    before = next((one for one in endpoints.list_endpoints() if one.name == config.name), None)
+    before = next((each for each in endpoints.list_endpoints() if each.name == config.name), None)
     with tempfile.TemporaryDirectory(prefix="stocktake-deploy-") as temporary:
         model = model_folder(config.model, Path(temporary) / "model", config.tracking)
         if before:
@@ -58,14 +59,14 @@ def deploy(config: DeployConfig) -> dict[str, float]:
         )
         largest, different = compare(endpoint, photos, config.tolerance)
         if different and before and config.on_failure == "rollback":
-            told = _told(different, len(photos))
+            failure = _failure(different, len(photos))
             back = endpoints.update(
                 config.name, kept, model_uri=before.model_uri, settings=before.settings, exactly=True
             )
-            raise StocktakeError(f"{told}; the update is undone: {back.name} serves {back.version} as before")
+            raise StocktakeError(f"{failure}; the update is undone: {back.name} serves {back.version} as before")
     if different:
         raise StocktakeError(
-            f"{_told(different, len(photos))}; {endpoint.name} serves it nevertheless: look into {endpoint.log}, then"
+            f"{_failure(different, len(photos))}; {endpoint.name} serves it nevertheless: see {endpoint.log}, then"
             f" deploy another model or `mlflow deployments delete -t stocktake-local --name {endpoint.name}`"
         )
     if photos:
@@ -108,32 +109,34 @@ def compare(
         return 0.0, []
     own = Predictor(endpoint.model, version=endpoint.version).predict([photo for _, photo in photos])
     largest, different = 0.0, []
-    with progress("comparing", len(photos)) as advance:
-        served = Client(endpoint.address).predict_all(photo for _, photo in photos)
-        for (bin_id, _), answer, count in zip(photos, served, own, strict=True):
-            advance(1)
+    served = Client(endpoint.address).predict_all(photo for _, photo in photos)
+    with tqdm(total=len(photos), desc="comparing", disable=None) as progress:
+        for (bin_id, _), answer, prediction in zip(photos, served, own, strict=True):
+            progress.update()
             if isinstance(answer, PhotoError):
                 different.append(Difference(bin_id, f"refused: {answer}"))
                 continue
-            if answer.model_version != count.model_version:
-                different.append(Difference(bin_id, f"answered by {answer.model_version}, not {count.model_version}"))
+            if answer.model_version != prediction.model_version:
+                different.append(
+                    Difference(bin_id, f"answered by {answer.model_version}, not {prediction.model_version}")
+                )
                 continue
-            distance = _distance(answer, count)
+            distance = _distance(answer, prediction)
             largest = max(largest, distance)
-            tied = count.confidence - count.probabilities.get(answer.quantity, 0.0) <= tolerance
-            if distance > tolerance or (answer.quantity != count.quantity and not tied):
-                reason = f"{answer.quantity} for {count.quantity}, a probability off by {distance:.3f}"
+            tied = prediction.confidence - prediction.probabilities.get(answer.quantity, 0.0) <= tolerance
+            if distance > tolerance or (answer.quantity != prediction.quantity and not tied):
+                reason = f"{answer.quantity} for {prediction.quantity}, a probability off by {distance:.3f}"
                 different.append(Difference(bin_id, reason))
     return largest, different
 
 
-def _distance(one: Prediction, other: Prediction) -> float:
-    quantities = one.probabilities.keys() | other.probabilities.keys()
-    return max(abs(one.probabilities.get(key, 0.0) - other.probabilities.get(key, 0.0)) for key in quantities)
+def _distance(answer: Prediction, other: Prediction) -> float:
+    quantities = answer.probabilities.keys() | other.probabilities.keys()
+    return max(abs(answer.probabilities.get(key, 0.0) - other.probabilities.get(key, 0.0)) for key in quantities)
 
 
-def _told(different: Sequence[Difference], photos: int) -> str:
-    shown = ", ".join(f"{one.bin_id} ({one.reason})" for one in different[:_SHOWN])
+def _failure(different: Sequence[Difference], photos: int) -> str:
+    shown = ", ".join(f"{each.bin_id} ({each.reason})" for each in different[:_SHOWN])
     more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     return f"the smoke test failed: {len(different)} of {photos} photos are not answered as by the model: {shown}{more}"
 

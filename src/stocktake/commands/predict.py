@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 import os
 import sys
 import tempfile
@@ -12,23 +10,23 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
 from stocktake.commands.serve import model_folder
 from stocktake.config import PredictConfig
 from stocktake.data.images import LARGEST_FILE, PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.machine import cores
-from stocktake.progress import progress
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client
 from stocktake.serving.deployment import version_of
 from stocktake.serving.predictor import Prediction, Predictor
+from stocktake.tables import show_table
 
 Row = dict[str, Any]
-Answer = Prediction | PhotoError
+Outcome = Prediction | PhotoError
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _COLUMNS = ("photo", "path")
 _OWN = (
@@ -47,7 +45,7 @@ _SHOWN = 20
 
 
 def predict(config: PredictConfig) -> list[Row]:
-    """Count every photo; those that cannot be used are set aside: listed on stderr, their rows kept with the reason.
+    """Count every photo; those that cannot be used are rejected: listed on stderr, their rows kept with the reason.
 
     Returns:
         A row a photo, in the order given: photo, a CSV's other columns, recorded (its quantity), quantity, confidence,
@@ -59,21 +57,21 @@ def predict(config: PredictConfig) -> list[Row]:
         StocktakeError: nothing to count, no such model or endpoint, or not one photo could be counted.
     """
     os.environ.pop("MLFLOW_RUN_ID", None)  # an answer is no run
-    found = find_photos(list(config.photos))
+    photos = find_photos(list(config.photos))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="stocktake-predict-") as temporary:
-        answers = _answers_of(config, Path(temporary))
-        with progress("counting", len(found)) as advance:
-            for start in range(0, len(found), config.batch_size):
-                batch = found[start : start + config.batch_size]
-                counted = _count([path for path, _ in batch], answers)
-                rows += [_row(given, answer) for (_, given), answer in zip(batch, counted, strict=True)]
-                advance(len(batch))
-    text = write(rows, config.format)
-    if config.output:
-        _save(Path(config.output), text)
+        predict_each = _predict_each(config, Path(temporary))
+        with tqdm(total=len(photos), desc="predicting", disable=None) as progress:
+            for start in range(0, len(photos), config.batch_size):
+                chunk = photos[start : start + config.batch_size]
+                outcomes = _outcomes([path for path, _ in chunk], predict_each)
+                rows += [_row(given, outcome) for (_, given), outcome in zip(chunk, outcomes, strict=True)]
+                progress.update(len(chunk))
+    if config.output or config.format != "table":
+        flat = [_with_columns(row) for row in rows] if config.format == "csv" else rows
+        show_table(flat, config.format, output=config.output)
     else:
-        print(text, end="")
+        show_table(rows, headers=_headers(rows), style=lambda row: "bold" if row.get("recount") else None)
     _summarise(rows, config.output)
     return rows
 
@@ -101,26 +99,6 @@ def find_photos(given: Sequence[str]) -> list[tuple[Path, Row]]:
     return found
 
 
-def write(rows: Sequence[Row], form: Literal["table", "csv", "json", "jsonl"]) -> str:
-    """The rows as text: a table for people, CSV with a column p_<quantity> a probability, JSON, or a line a row."""
-    if form == "json":
-        return json.dumps(list(rows), indent=2) + "\n"
-    if form == "jsonl":
-        return "".join(json.dumps(row) + "\n" for row in rows)
-    if form == "table":
-        return _table(rows)
-    shares = {f"p_{quantity}": None for row in rows for quantity in row.get("probabilities") or ()}
-    columns = {name: None for row in rows for name in row if name != "probabilities"} | shares
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        flat = {name: _cell(value) for name, value in row.items() if name != "probabilities"}
-        shares_of = {f"p_{quantity}": share for quantity, share in (row.get("probabilities") or {}).items()}
-        writer.writerow(flat | shares_of)
-    return file.getvalue()
-
-
 def _listed(path: Path) -> list[tuple[Path, Row]]:
     """The rows of a CSV; its paths are relative to it."""
     try:
@@ -145,8 +123,8 @@ def _listed(path: Path) -> list[tuple[Path, Row]]:
     return found
 
 
-def _answers_of(config: PredictConfig, temporary: Path) -> Callable[[Sequence[bytes]], Iterable[Answer]]:
-    """What counts a batch: an endpoint, or a model in this process."""
+def _predict_each(config: PredictConfig, temporary: Path) -> Callable[[Sequence[bytes]], Iterable[Outcome]]:
+    """What predicts: an endpoint, or a model in this process."""
     if config.endpoint is not None:
         address = config.endpoint
         if "://" not in address:
@@ -156,28 +134,19 @@ def _answers_of(config: PredictConfig, temporary: Path) -> Callable[[Sequence[by
             address = endpoint.address
         return Client(address).predict_all
     folder = model_folder(config.model, temporary / "model", config.tracking)
-    counter = Predictor(folder, threads=cores(), version=version_of(folder))
+    predictor = Predictor(folder, threads=cores(), version=version_of(folder))
 
-    def prepared(photo: bytes) -> Any:
-        try:
-            return counter.prepare(photo)
-        except PhotoError as error:
-            return error
-
-    def answers(photos: Sequence[bytes]) -> list[Answer]:
+    def predict_each(photos: Sequence[bytes]) -> Iterable[Outcome]:
         with ThreadPoolExecutor(cores()) as threads:
-            ready = list(threads.map(prepared, photos))
-        good = [one for one in ready if not isinstance(one, PhotoError)]
-        counts = iter(counter.answers(counter.probabilities(np.stack(good))) if good else ())
-        return [one if isinstance(one, PhotoError) else next(counts) for one in ready]
+            yield from predictor.predict_each(photos, threads.map)
 
-    return answers
+    return predict_each
 
 
-def _count(paths: Sequence[Path], answers: Callable[[Sequence[bytes]], Iterable[Answer]]) -> list[Answer]:
-    read = [_read(path) for path in paths]
-    counted = iter(answers([photo for photo in read if isinstance(photo, bytes)]))
-    return [photo if isinstance(photo, PhotoError) else next(counted) for photo in read]
+def _outcomes(paths: Sequence[Path], predict_each: Callable[[Sequence[bytes]], Iterable[Outcome]]) -> list[Outcome]:
+    contents = [_read(path) for path in paths]
+    predicted = iter(predict_each([content for content in contents if isinstance(content, bytes)]))
+    return [content if isinstance(content, PhotoError) else next(predicted) for content in contents]
 
 
 def _read(path: Path) -> bytes | PhotoError:
@@ -190,22 +159,22 @@ def _read(path: Path) -> bytes | PhotoError:
         return PhotoError(f"file cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
-def _row(given: Row, answer: Answer) -> Row:
+def _row(given: Row, outcome: Outcome) -> Row:
     row = dict(given)
     row |= dict.fromkeys(("quantity", "confidence", "likely_quantities", "probabilities"))
     if "recorded" in given:
         row |= {"variance": None, "recount": None}
     row |= {"model_version": None, "error": None}
-    if isinstance(answer, PhotoError):
-        return row | {"error": str(answer)}
-    if (recorded := given.get("recorded")) in answer.probabilities:
-        row |= {"variance": answer.quantity != recorded, "recount": recorded not in answer.likely_quantities}
+    if isinstance(outcome, PhotoError):
+        return row | {"error": str(outcome)}
+    if (recorded := given.get("recorded")) in outcome.probabilities:
+        row |= {"variance": outcome.quantity != recorded, "recount": recorded not in outcome.likely_quantities}
     return row | {
-        "quantity": answer.quantity,
-        "confidence": round(answer.confidence, 6),
-        "likely_quantities": list(answer.likely_quantities),
-        "probabilities": {str(quantity): round(share, 6) for quantity, share in answer.probabilities.items()},
-        "model_version": answer.model_version,
+        "quantity": outcome.quantity,
+        "confidence": round(outcome.confidence, 6),
+        "likely_quantities": list(outcome.likely_quantities),
+        "probabilities": {str(quantity): round(share, 6) for quantity, share in outcome.probabilities.items()},
+        "model_version": outcome.model_version,
     }
 
 
@@ -216,61 +185,31 @@ def _whole(text: str | None) -> int | None:
     return None
 
 
-def _cell(value: Any) -> Any:
-    """A value in a CSV or a table."""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "" if value is None else value
+def _with_columns(row: Row) -> Row:
+    """A row for CSV: a column p_<quantity> a probability."""
+    shares = {f"p_{quantity}": share for quantity, share in (row["probabilities"] or {}).items()}
+    return {name: value for name, value in row.items() if name != "probabilities"} | shares
 
 
-def _table(rows: Sequence[Row]) -> str:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    names = list({name: None for row in rows for name in row if name not in ("probabilities", "model_version")})
-    if not any(row["error"] for row in rows):
-        names.remove("error")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in names:
-        right = name in ("recorded", "quantity", "confidence")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        cells = [f"{row[name]:.3f}" if name == "confidence" and row[name] else _cell(row.get(name)) for name in names]
-        table.add_row(*(Text(str(cell)) for cell in cells), style="bold" if row.get("recount") else None)
-    file = io.StringIO()
-    on_terminal = sys.stdout.isatty()
-    console = Console(file=file, force_terminal=on_terminal, width=None if on_terminal else 160)
-    console.print(table)
-    return file.getvalue()
-
-
-def _save(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise StocktakeError(f"--output {path} cannot be written: {error.strerror}") from None
+def _headers(rows: Sequence[Row]) -> dict[str, str]:
+    """The columns of a table for people."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("probabilities", "model_version"))
+    return {name: name for name in names if name != "error" or any(row["error"] for row in rows)}
 
 
 def _summarise(rows: Sequence[Row], output: str | None) -> None:
     """What became of the photos, on stderr: stdout is for the rows."""
     failed = [row for row in rows if row["error"]]
     for row in failed[:_SHOWN]:
-        print(f"set aside: {row['photo']}: {row['error']}", file=sys.stderr)
+        print(f"rejected: {row['photo']}: {row['error']}", file=sys.stderr)
     if len(failed) > _SHOWN:
-        print(f"set aside: {len(failed) - _SHOWN} more", file=sys.stderr)
+        print(f"rejected: {len(failed) - _SHOWN} more", file=sys.stderr)
     if len(failed) == len(rows):
         raise StocktakeError(f"none of {len(rows)} photos could be counted, the first because: {failed[0]['error']}")
     version = next(row["model_version"] for row in rows if row["model_version"])
     said = [f"{len(rows) - len(failed)} photos counted by {version}"]
     if failed:
-        said.append(f"{len(failed)} set aside")
+        said.append(f"{len(failed)} rejected")
     if any("recorded" in row for row in rows):
         counts = {name: sum(row.get(name) is True for row in rows) for name in ("variance", "recount")}
         said.append(f"{counts['variance']} at variance with their records, {counts['recount']} to recount")

@@ -11,7 +11,7 @@ from typing import Any
 from stocktake.config import ServeConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.models import fetch_model
-from stocktake.serving.deployment import Deployment, version_of
+from stocktake.serving.deployment import Deployment, version_of, write_spec
 from stocktake.serving.settings import ServerSettings
 from stocktake.serving.supervisor import Supervisor
 
@@ -26,14 +26,15 @@ def serve(config: ServeConfig) -> None:
     """
     settings = server_settings(config.settings, config.server)
     with tempfile.TemporaryDirectory(prefix="stocktake-serve-") as temporary:
-        generations = count(1)
+        folder, generations = Path(temporary), count(1)
 
-        def wanted() -> Deployment:
+        def fetch() -> None:
             generation = next(generations)
-            folder = model_folder(config.model, Path(temporary) / str(generation), config.tracking)
-            return Deployment(str(folder.absolute()), config.model, version_of(folder), settings, generation)
+            model = model_folder(config.model, folder / "model" / str(generation), config.tracking)
+            write_spec(folder, Deployment(str(model.absolute()), config.model, version_of(model), settings, generation))
 
-        if Supervisor(wanted).run():
+        fetch()
+        if Supervisor(folder, fetch).serve():
             raise StocktakeError(f"{config.model} is not served: see above")
 
 

@@ -1,4 +1,4 @@
-"""Asking a server over HTTP: photo bytes out, counts back. Connections are kept; a full server is asked again."""
+"""Client of a server: photo bytes out, predictions back. Connections are kept; a full server is asked again."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ class Client:
         self._idle: list[http.client.HTTPConnection] = []  # a connection is for one thread at a time
 
     def predict(self, photo: bytes) -> Prediction:
-        """What the server says of one photo.
+        """The server's prediction for one photo.
 
         Raises:
             PhotoError: the server cannot use it.
-            StocktakeError: the server does not answer, or not as a counting server does.
+            StocktakeError: the server does not answer, or not as a server of stocktake.
         """
         deadline = time.monotonic() + self._seconds
         while True:
             status, wait, body = self._post(photo)
             if status == 200:
-                return _count_of(body, self.address)
-            reason = _reason_of(body)
+                return _prediction(body, self.address)
+            reason = _reason(body)
             if status in (400, 413, 415, 422):
                 raise PhotoError(reason or f"the server refused it with status {status}")
             if status != 503 or time.monotonic() + wait > deadline:
@@ -65,14 +65,14 @@ class Client:
     def predict_all(self, photos: Iterable[bytes], at_once: int = 4) -> Iterator[Prediction | PhotoError]:
         """The answers in order; a photo that cannot be used has its reason in its place. Errors as `count`."""
 
-        def one(photo: bytes) -> Prediction | PhotoError:
+        def outcome(photo: bytes) -> Prediction | PhotoError:
             try:
                 return self.predict(photo)
             except PhotoError as error:
                 return error
 
         with ThreadPoolExecutor(at_once) as threads:
-            yield from threads.map(one, photos)
+            yield from threads.map(outcome, photos)
 
     def _post(self, photo: bytes) -> tuple[int, float, bytes]:
         """Status, seconds to wait before asking again, body. A kept connection that was closed is opened again."""
@@ -97,9 +97,11 @@ class Client:
             return answer.status, float(wait) if wait.isdecimal() else 1.0, body
 
 
-def _count_of(body: bytes, address: str) -> Prediction:
+def _prediction(body: bytes, address: str) -> Prediction:
     try:
         answer: dict[str, Any] = json.loads(body)
+        if answer["error"] is not None:  # of a batch transform's server
+            raise PhotoError(str(answer["error"]))
         return Prediction(
             quantity=int(answer["quantity"]),
             confidence=float(answer["confidence"]),
@@ -111,8 +113,8 @@ def _count_of(body: bytes, address: str) -> Prediction:
         raise StocktakeError(f"{address} answers, but not as a server of stocktake: check the address") from None
 
 
-def _reason_of(body: bytes) -> str:
+def _reason(body: bytes) -> str:
     try:
-        return str(json.loads(body)["error"]["reason"])
+        return str(json.loads(body)["error"])
     except (ValueError, TypeError, KeyError):
         return ""

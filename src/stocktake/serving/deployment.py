@@ -1,7 +1,6 @@
-"""What is to be served and what is being served: two files in an endpoint's folder, and the process behind them.
+"""The files in the folder of a server: spec.json, what it shall serve; state.json, what its supervisor serves.
 
-wanted.json is what somebody asked for; state.json is what the supervisor (serving/serve.py) made of it. Imports
-nothing heavy: the supervisor reads and writes these in every container.
+Imports nothing heavy: the supervisor reads and writes these in every container.
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stocktake.errors import StocktakeError
+from stocktake.files import atomic_write
 from stocktake.serving.settings import ServerSettings
 
-WANTED, STATE, LOG = "wanted.json", "state.json", "server.log"
-Status = Literal["starting", "serving", "updating", "failing", "failed", "stopped", "dead"]
-"""failing: all workers died and are started again; failed: it never came up; dead: the supervisor was killed."""
+SPEC, STATE, LOG = "spec.json", "state.json", "server.log"
+Status = Literal["starting", "serving", "updating", "failed", "stopped", "dead"]
+"""failed: its workers did not start; dead: the supervisor was killed."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of this machine: a number is used again, a number with its start time is not."""
+    """One process of this machine, by its id and start time: an id alone is used again."""
 
     pid: int
     started: str
@@ -41,14 +41,14 @@ class Process:
                 os.kill(self.pid, number)
 
     @classmethod
-    def known_as(cls, pid: int) -> Process:
-        """The process that has this number now."""
+    def from_pid(cls, pid: int) -> Process:
+        """The process that has this id now."""
         return cls(pid, process_start(pid))
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What somebody wants to be served."""
+    """What a server shall serve."""
 
     model: str
     """Folder with model.onnx and model.json, or an MLflow model folder around it."""
@@ -76,7 +76,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class State:
-    """What the supervisor of an endpoint last wrote down."""
+    """What the supervisor of a server last wrote down."""
 
     supervisor: Process
     status: Status
@@ -84,30 +84,23 @@ class State:
     """http://host:port, as it is reached from this machine."""
     generation: int
     """The one that is served; 0 before any is."""
-    version: str | None = None
-    """Of the model, as answers bear it."""
     workers: tuple[Process, ...] = ()
-    """That serve this generation."""
-    others: tuple[Process, ...] = ()
-    """That come up for the next one, or answer what they had begun before."""
-    error: str | None = None
-    """Why the last start or update failed."""
     failed_generation: int | None = None
-    """The update that failed, if the last one did."""
+    """The update that failed, if the last one did; the log says why."""
 
 
-def read_wanted(folder: Path) -> Deployment:
-    """What an endpoint is to serve.
+def read_spec(folder: Path) -> Deployment:
+    """What a server shall serve.
 
     Raises:
         StocktakeError: the file is missing or damaged.
     """
-    return Deployment(**_read(folder / WANTED, Deployment))
+    return Deployment(**_read(folder / SPEC, Deployment))
 
 
-def write_wanted(folder: Path, deployment: Deployment) -> None:
-    """Replace what an endpoint is to serve."""
-    write_json(folder / WANTED, dataclasses.asdict(deployment))
+def write_spec(folder: Path, deployment: Deployment) -> None:
+    """Replace what a server shall serve."""
+    atomic_write(folder / SPEC, json.dumps(dataclasses.asdict(deployment), indent=2))
 
 
 def read_state(folder: Path) -> State | None:
@@ -119,22 +112,17 @@ def read_state(folder: Path) -> State | None:
     if not (folder / STATE).exists():
         return None
     values = _read(folder / STATE, State)
-    values["supervisor"] = Process(**values["supervisor"])
-    for name in ("workers", "others"):
-        values[name] = tuple(Process(**one) for one in values[name])
-    return State(**values)
+    try:
+        values["supervisor"] = Process(**values["supervisor"])
+        values["workers"] = tuple(Process(**worker) for worker in values["workers"])
+        return State(**values)
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder / STATE, str(error)) from None
 
 
 def write_state(folder: Path, state: State) -> None:
     """Replace the state."""
-    write_json(folder / STATE, dataclasses.asdict(state))
-
-
-def write_json(path: Path, content: object) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    beside.replace(path)
+    atomic_write(folder / STATE, json.dumps(dataclasses.asdict(state), indent=2))
 
 
 def process_start(pid: int) -> str:
@@ -152,15 +140,15 @@ def process_start(pid: int) -> str:
 
 
 def log_tail(folder: Path, since: int = 0, lines: int = 15) -> str:
-    """The last lines of an endpoint's log, written after the first `since` bytes."""
+    """The last lines of an endpoint's log, written after the first `since` bytes, without those of requests."""
     try:
         with (folder / LOG).open("rb") as file:
             end = file.seek(0, os.SEEK_END)
-            file.seek(max(min(since, end), end - 16_384))
+            file.seek(max(min(since, end), end - 2**20))
             written = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return "\n".join(written.splitlines()[-lines:])
+    return "\n".join([line for line in written.splitlines() if '"request": ' not in line][-lines:])
 
 
 def version_of(model: Path) -> str | None:
@@ -179,11 +167,13 @@ def _read(path: Path, kind: type) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        values, reason = None, str(error)
-    else:
-        reason = "it holds something else"
+        raise _damaged(path, str(error)) from None
     if not isinstance(values, dict) or not values.keys() <= names:
-        raise StocktakeError(
-            f"{path} cannot be read ({reason}): delete the endpoint {path.parent.name} and create it again"
-        )
+        raise _damaged(path, "its content is something else")
     return values
+
+
+def _damaged(path: Path, reason: str) -> StocktakeError:
+    return StocktakeError(
+        f"{path} cannot be read ({reason}): delete the endpoint {path.parent.name} and create it again"
+    )

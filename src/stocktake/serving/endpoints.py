@@ -1,11 +1,12 @@
 """Endpoints on this machine: servers that outlive the command that started them, and are found again by later ones.
 
-An endpoint is a folder, with a supervisor (serving/supervisor.py) as a process of its own: wanted.json, state.json,
-server.log, model/<generation>/. Nothing here needs mlflow.
+An endpoint is a folder with spec.json, state.json, server.log and model/<generation>/, and a supervisor
+(serving/supervisor.py) that serves it in a process of its own. Nothing here needs mlflow.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -19,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
 from stocktake.serving import deployment as files
-from stocktake.serving.crew import START_SECONDS, with_this_package
 from stocktake.serving.deployment import Deployment, Process, State, Status, version_of
+from stocktake.serving.settings import ServerSettings
+from stocktake.serving.supervisor import START_SECONDS
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _PAUSE = 0.05
@@ -76,21 +79,21 @@ def create(name: str, model: Path, *, model_uri: str, settings: Mapping[str, Any
     Raises:
         StocktakeError: a bad name or setting, the name is taken, or it did not come up, with the end of its log.
     """
-    with _alone(name) as folder:
-        if (folder / files.WANTED).exists():
+    with _locked(name) as folder:
+        if (folder / files.SPEC).exists():
             raise StocktakeError(
                 f"there is an endpoint {name} already{'' if _lives(folder) else ' (dead: an update starts it again)'}:"
                 " update it, delete it, or choose another name"
             )
-        wanted = Deployment("", model_uri, version_of(model), dict(settings))
-        wanted.server  # noqa: B018 - bad settings are told before anything is made
+        ServerSettings.read(settings)
+        spec = Deployment("", model_uri, version_of(model), dict(settings))
         shutil.rmtree(folder, ignore_errors=True)  # what a killed command left
         try:
             folder.mkdir(mode=0o700)
-            files.write_wanted(folder, _with_model(folder, wanted, model))
+            files.write_spec(folder, _with_model(folder, spec, model))
             _launch(folder)
         except BaseException:  # a Ctrl-C too
-            _end(folder)
+            _stop(folder)
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return _read(folder)
@@ -116,31 +119,34 @@ def update(
     Raises:
         StocktakeError: no such endpoint, a bad setting, or the new workers did not come up: then the old ones serve on.
     """
-    with _alone(name) as folder:
-        _there(folder)
-        _settle(folder)
-        before, state = files.read_wanted(folder), files.read_state(folder)
+    with _locked(name) as folder:
+        _check_exists(folder)
+        _wait_for_update(folder)
+        before, state = files.read_spec(folder), files.read_state(folder)
+        is_alive = state is not None and state.supervisor.alive()
         newest = max(before.generation, (state and state.failed_generation) or 0)
-        wanted = Deployment(
+        spec = Deployment(
             before.model,
             model_uri or before.model_uri,
             version_of(model) if model else before.version,
             {**({} if exactly else before.settings), **(settings or {})},
             newest + 1,
         )
-        wanted.server  # noqa: B018 - bad settings are told before anything changes
-        wanted = _with_model(folder, wanted, model or Path(before.model))
-        files.write_wanted(folder, wanted)
+        if is_alive and (spec.server.host, spec.server.port) != (before.server.host, before.server.port):
+            raise StocktakeError("host and port cannot change while it serves: delete the endpoint and create it")
+        spec = _with_model(folder, spec, model or Path(before.model))
+        files.write_spec(folder, spec)
         try:
-            if state and state.supervisor.alive():
+            if state and is_alive:
+                since = _log_size(folder)
                 state.supervisor.signal(signal.SIGHUP)
-                _wait(folder, wanted.generation, _log_size(folder))
+                _wait(folder, spec.generation, since)
             else:
                 _launch(folder)
         except StocktakeError:
             if not _lives(folder):
-                files.write_wanted(folder, before)
-            shutil.rmtree(wanted.model, ignore_errors=True)
+                files.write_spec(folder, before)
+            shutil.rmtree(spec.model, ignore_errors=True)
             raise
         return _read(folder)
 
@@ -152,14 +158,14 @@ def get(name: str) -> Endpoint:
         StocktakeError: there is none of that name, naming those that there are.
     """
     folder = state_folder() / _checked(name)
-    _there(folder)
+    _check_exists(folder)
     return _read(folder)
 
 
 def list_endpoints() -> list[Endpoint]:
     """All endpoints, by name."""
-    found = sorted(state_folder().glob(f"*/{files.WANTED}"))
-    return [_read(path.parent) for path in found if _NAME.fullmatch(path.parent.name)]
+    paths = sorted(state_folder().glob(f"*/{files.SPEC}"))
+    return [_read(path.parent) for path in paths if _NAME.fullmatch(path.parent.name)]
 
 
 def delete(name: str) -> None:
@@ -168,9 +174,9 @@ def delete(name: str) -> None:
     Raises:
         StocktakeError: there is none of that name.
     """
-    with _alone(name) as folder:
-        _there(folder)
-        _end(folder)
+    with _locked(name) as folder:
+        _check_exists(folder)
+        _stop(folder)
         shutil.rmtree(folder)
 
 
@@ -181,8 +187,8 @@ def _checked(name: str) -> str:
 
 
 @contextmanager
-def _alone(name: str) -> Iterator[Path]:
-    """The endpoint's folder, while no other command changes it."""
+def _locked(name: str) -> Iterator[Path]:
+    """The endpoint's folder, while no other command may change it."""
     root = state_folder()
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -193,35 +199,35 @@ def _alone(name: str) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> FileLock:
+    (folder.parent / ".locks").mkdir(mode=0o700, exist_ok=True)
     return FileLock(folder.parent / ".locks" / folder.name)
 
 
-def _there(folder: Path) -> None:
-    if not (folder / files.WANTED).exists():
+def _check_exists(folder: Path) -> None:
+    if not (folder / files.SPEC).exists():
         names = ", ".join(endpoint.name for endpoint in list_endpoints()) or "none"
         raise StocktakeError(f"there is no endpoint {folder.name} in {folder.parent}; there are: {names}")
 
 
-def _with_model(folder: Path, wanted: Deployment, model: Path) -> Deployment:
-    """The deployment with a copy of the model of its own: what the given folder holds later does not matter."""
-    from stocktake.serving.predictor import exported_folder
+def _with_model(folder: Path, spec: Deployment, model: Path) -> Deployment:
+    """The spec with a copy of the model of its own: later changes of the given folder do not matter."""
+    from stocktake.serving.predictor import DESCRIPTION, GRAPH, digest, exported_folder
 
     exported = exported_folder(model)
-    copy = folder / "model" / str(wanted.generation)
+    copy = folder / "model" / str(spec.generation)
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
-        for name in ("model.json", "model.onnx"):
+        for name in (DESCRIPTION, GRAPH):
             shutil.copyfile(exported / name, copy / name)
-        if (model / "registered_model_meta").exists():
-            shutil.copyfile(model / "registered_model_meta", copy / "registered_model_meta")
+        version = spec.version or digest((copy / DESCRIPTION).read_bytes(), (copy / GRAPH).read_bytes())
     except OSError as error:
         shutil.rmtree(copy, ignore_errors=True)
         raise StocktakeError(
-            f"{wanted.model_uri} holds no exported model ({error.strerror}: {error.filename}): give one that stocktake"
+            f"{spec.model_uri} holds no exported model ({error.strerror}: {error.filename}): give one that stocktake"
             " has logged or exported"
         ) from None
-    return Deployment(str(copy), wanted.model_uri, wanted.version, wanted.settings, wanted.generation)
+    return dataclasses.replace(spec, model=str(copy), version=version)
 
 
 def _launch(folder: Path) -> None:
@@ -230,15 +236,15 @@ def _launch(folder: Path) -> None:
     before = files.read_state(folder)
     with (folder / files.LOG).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "stocktake.serving.serve", "--endpoint", str(folder)],
+            [sys.executable, "-P", "-m", "stocktake.serving.serve", "--endpoint", str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd=folder,
-            env=with_this_package(),
-            start_new_session=True,  # the terminal's end is not its end
+            env=_environment(),
+            start_new_session=True,  # it outlives the terminal
         )
-    _started[:] = [one for one in [*_started, process] if one.poll() is None]
+    _started[:] = [started for started in [*_started, process] if started.poll() is None]
     deadline = time.monotonic() + START_SECONDS + _LATER_SECONDS
     try:
         while process.poll() is None and time.monotonic() < deadline:
@@ -251,18 +257,12 @@ def _launch(folder: Path) -> None:
         raise
     process.kill()
     process.wait()
-    state = files.read_state(folder)
-    reason = state.error if state and state.supervisor.pid == process.pid else None
-    tail = files.log_tail(folder, since)
-    raise StocktakeError(
-        f"the endpoint {folder.name} did not come up: {reason or f'exit code {process.returncode}'}"
-        + (f"\nits log ended with:\n{tail}" if tail else "")
-    )
+    raise StocktakeError(f"the endpoint {folder.name} did not start{_end_of_log(folder, since)}")
 
 
 def _wait(folder: Path, generation: int, since: int) -> None:
     """Until the supervisor serves the generation, and no other, or has given it up."""
-    patience = START_SECONDS + files.read_wanted(folder).server.drain_seconds + _LATER_SECONDS
+    patience = START_SECONDS + files.read_spec(folder).server.drain_seconds + _LATER_SECONDS
     deadline = time.monotonic() + patience
     while True:
         state = files.read_state(folder)
@@ -270,21 +270,18 @@ def _wait(folder: Path, generation: int, since: int) -> None:
             return
         reason = None
         if state and state.failed_generation == generation and state.status != "updating":
-            reason = f"{state.error}; the model before it is served as before"
+            reason = "its workers did not start; the former model is served as before"
         elif not _lives(folder):
             reason = "its process was killed: an update starts it again"
         elif time.monotonic() > deadline:
             reason = f"it took more than {patience:g} s"
         if reason:
-            tail = files.log_tail(folder, since)
-            raise StocktakeError(
-                f"the update of the endpoint {folder.name} failed: {reason}"
-                + (f"\nits log ended with:\n{tail}" if tail else "")
-            )
+            tail = _end_of_log(folder, since)
+            raise StocktakeError(f"the update of the endpoint {folder.name} failed: {reason}{tail}")
         time.sleep(_PAUSE)
 
 
-def _settle(folder: Path) -> None:
+def _wait_for_update(folder: Path) -> None:
     """Wait for the end of an update whose command was killed."""
     while (state := files.read_state(folder)) and state.status in ("starting", "updating"):
         if not state.supervisor.alive():
@@ -292,23 +289,23 @@ def _settle(folder: Path) -> None:
         time.sleep(_PAUSE)
 
 
-def _end(folder: Path) -> None:
+def _stop(folder: Path) -> None:
     """End every process of the endpoint."""
     try:
-        state, patience = files.read_state(folder), files.read_wanted(folder).server.drain_seconds
+        state, patience = files.read_state(folder), files.read_spec(folder).server.drain_seconds
     except StocktakeError:  # a damaged file: the supervisor sees that its folder is gone
         return
     if state:
         state.supervisor.signal(signal.SIGTERM)
-        _outlive([state.supervisor], patience + _LATER_SECONDS)
-        _outlive([*state.workers, *state.others], _LATER_SECONDS)
+        _wait_for_end([state.supervisor], patience + _LATER_SECONDS)
+        _wait_for_end(list(state.workers), _LATER_SECONDS)
 
 
-def _outlive(processes: list[Process], seconds: float) -> None:
+def _wait_for_end(processes: list[Process], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(process.alive() for process in processes):
-        for one in _started:
-            one.poll()
+        for started in _started:
+            started.poll()
         if time.monotonic() > deadline:
             for process in processes:
                 process.signal(signal.SIGKILL)
@@ -320,6 +317,11 @@ def _lives(folder: Path) -> bool:
     return state is not None and state.supervisor.alive()
 
 
+def _end_of_log(folder: Path, since: int) -> str:
+    tail = files.log_tail(folder, since)
+    return f"\nits log ended with:\n{tail}" if tail else ""
+
+
 def _log_size(folder: Path) -> int:
     log = folder / files.LOG
     return log.stat().st_size if log.exists() else 0
@@ -327,30 +329,37 @@ def _log_size(folder: Path) -> int:
 
 def _read(folder: Path) -> Endpoint:
     """What is known of the endpoint, checked against its process."""
-    wanted, state = files.read_wanted(folder), files.read_state(folder)
+    spec, state = files.read_spec(folder), files.read_state(folder)
     alive = state is not None and state.supervisor.alive()
     status, error = _status(folder, state, alive)
     return Endpoint(
         name=folder.name,
         status=status,
         address=state.address if state else "",
-        model_uri=wanted.model_uri,
-        version=(state and state.version) or wanted.version,
-        generation=wanted.generation,
-        settings=wanted.settings,
+        model_uri=spec.model_uri,
+        version=spec.version,
+        generation=spec.generation,
+        settings=spec.settings,
         pid=state.supervisor.pid if state and alive else None,
         workers=tuple(worker.pid for worker in state.workers if worker.alive()) if state else (),
         error=error,
-        model=Path(wanted.model),
+        model=Path(spec.model),
         log=folder / files.LOG,
     )
 
 
 def _status(folder: Path, state: State | None, alive: bool) -> tuple[Status, str | None]:
     if state and (alive or state.status in ("stopped", "failed")):
-        return state.status, state.error
-    lock = _lock(folder)
-    if not lock.try_acquire():
-        return "starting", None  # a command is at it
-    lock.release()
-    return "dead", "its process was killed, or the machine was started anew: an update starts it again"
+        failed = state.failed_generation
+        return state.status, f"generation {failed} did not start: see the log" if failed else None
+    try:
+        with _lock(folder).acquire(blocking=False):
+            return "dead", "its process was killed, or the machine was started anew: an update starts it again"
+    except Timeout:
+        return "starting", None  # a command has the lock
+
+
+def _environment() -> dict[str, str]:
+    """The environment, with this package on the path of a new process."""
+    source = str(Path(__file__).parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}

@@ -67,29 +67,29 @@ def check_export(
             unusable[engine] = str(error).removeprefix(f"{folder} ")
     if not checks:
         raise StocktakeError(f"the export is refused: {' '.join(unusable.values()) or 'no engine is installed'}")
-    found = [*checks.values()]
-    passed = all(check.passed for check in found)
+    results = [*checks.values()]
+    passed = all(check.passed for check in results)
     precision: Precision = "f32"
     if "openvino" in checks:
         fast = _compare(folder, "openvino", "bf16", ids, prepared, expected)
         if fast.engine.endswith("bf16"):  # else the processor cannot, and it was f32 again
-            found.append(fast)
+            results.append(fast)
             precision = "bf16" if fast.passed else "f32"
     path = folder / "model.json"
-    described = {check.engine: {**asdict(check), "passed": check.passed} for check in found}
+    described = {check.engine: {**asdict(check), "passed": check.passed} for check in results}
     check = {"passed": passed, "photos": len(ids), "engines": described, "unusable": unusable}
     only = {"engine": next(iter(checks))} if unusable else {}
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"precision": precision, **only, "check": check}, indent=2)
     )
     if not passed:
-        worst = next(check for check in found if not check.passed)
+        worst = next(check for check in results if not check.passed)
         named = f"; other quantities for {', '.join(worst.wrong[:5])}" if worst.wrong else ""
         raise StocktakeError(
             f"the export is refused: with {worst.engine} a probability differs by {worst.largest_difference:.2g} from "
             f"the checkpoint's (tolerance {worst.tolerance:g}){named}; the checkpoint is kept"
         )
-    return found
+    return results
 
 
 def _compare(
@@ -100,17 +100,18 @@ def _compare(
     prepared: npt.NDArray[np.uint8],
     expected: npt.NDArray[np.float64],
 ) -> EngineCheck:
-    counter = Predictor(folder, engine=engine, precision=precision, threads=2)
-    found = np.concatenate([counter.probabilities(part) for part in np.array_split(prepared, -(-len(prepared) // 16))])
-    tolerance = TOLERANCES["bf16" if counter.engine.endswith("bf16") else "f32"]
+    predictor = Predictor(folder, engine=engine, precision=precision, threads=2)
+    parts = np.array_split(prepared, -(-len(prepared) // 16))
+    probabilities = np.concatenate([predictor.probabilities(part) for part in parts])
+    tolerance = TOLERANCES["bf16" if predictor.engine.endswith("bf16") else "f32"]
     likeliest = np.sort(expected, axis=1)
     is_tie = likeliest[:, -1] - likeliest[:, -2:-1].sum(1) <= 2 * tolerance
-    differs = found.argmax(1) != expected.argmax(1)
+    differs = probabilities.argmax(1) != expected.argmax(1)
     named = np.asarray(ids, dtype=object)
     return EngineCheck(
-        engine=counter.engine,
+        engine=predictor.engine,
         tolerance=tolerance,
-        largest_difference=float(np.abs(found - expected).max()),
+        largest_difference=float(np.abs(probabilities - expected).max()),
         ties=tuple(named[differs & is_tie]),
         wrong=tuple(named[differs & ~is_tie]),
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -29,8 +31,8 @@ from stocktake.data.images import PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client
-from stocktake.serving.deployment import Deployment, version_of
 from stocktake.serving.endpoints import Endpoint
+from stocktake.serving.predictor import record
 from stocktake.serving.settings import ServerSettings
 
 FLAVOR = "python_function"
@@ -66,16 +68,16 @@ class LocalDeploymentClient(BaseDeploymentClient):
         """
         name = _name(name, endpoint)
         _check_flavor(flavor)
-        with _told(INVALID_PARAMETER_VALUE):
-            if any(one.name == name for one in endpoints.list_endpoints()):
+        with _as_mlflow_error(INVALID_PARAMETER_VALUE):
+            if any(endpoint.name == name for endpoint in endpoints.list_endpoints()):
                 raise MlflowException(
                     f"there is a deployment {name} already: update it, delete it, or choose another name",
                     RESOURCE_ALREADY_EXISTS,
                 )
             ServerSettings.read(config or {})
-        with _fetched(model_uri) as model, _told(INTERNAL_ERROR):
+        with _fetched(model_uri) as model, _as_mlflow_error(INTERNAL_ERROR):
             created = endpoints.create(name, model, model_uri=model_uri, settings=config or {})
-        return _described(created)
+        return _description(created)
 
     def update_deployment(
         self,
@@ -92,41 +94,41 @@ class LocalDeploymentClient(BaseDeploymentClient):
         """
         name = _name(name, endpoint)
         _check_flavor(flavor)
-        with _told(INVALID_PARAMETER_VALUE):
+        with _as_mlflow_error(INVALID_PARAMETER_VALUE):
             ServerSettings.read(config or {})
-        with _told(RESOURCE_DOES_NOT_EXIST):
+        with _as_mlflow_error(RESOURCE_DOES_NOT_EXIST):
             endpoints.get(name)
         if model_uri is None:
-            with _told(INTERNAL_ERROR):
-                return _described(endpoints.update(name, settings=config))
-        with _fetched(model_uri) as model, _told(INTERNAL_ERROR):
-            return _described(endpoints.update(name, model, model_uri=model_uri, settings=config))
+            with _as_mlflow_error(INTERNAL_ERROR):
+                return _description(endpoints.update(name, settings=config))
+        with _fetched(model_uri) as model, _as_mlflow_error(INTERNAL_ERROR):
+            return _description(endpoints.update(name, model, model_uri=model_uri, settings=config))
 
     def delete_deployment(self, name: str, config: dict[str, Any] | None = None, endpoint: str | None = None) -> None:
         """End its processes and remove what it kept. One that is not there is no error, as MLflow wants it."""
         name = _name(name, endpoint)
         if config:
             raise MlflowException(f"delete takes no settings: {', '.join(config)}", INVALID_PARAMETER_VALUE)
-        if any(one.name == name for one in endpoints.list_endpoints()):
-            with _told(INTERNAL_ERROR):
+        if any(deployed.name == name for deployed in endpoints.list_endpoints()):
+            with _as_mlflow_error(INTERNAL_ERROR):
                 endpoints.delete(name)
         else:
             print(f"there is no deployment {name}: nothing to delete", file=sys.stderr)
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
         """All of them, as `get_deployment` describes one."""
-        with _told(INTERNAL_ERROR):
-            return [_described(one) for one in endpoints.list_endpoints() if endpoint in (None, one.name)]
+        with _as_mlflow_error(INTERNAL_ERROR):
+            return [_description(each) for each in endpoints.list_endpoints() if endpoint in (None, each.name)]
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
         """name, flavor, status, address, model_uri, model_version, generation, settings, pid, workers, error, log."""
-        with _told(RESOURCE_DOES_NOT_EXIST):
-            return _described(endpoints.get(_name(name, endpoint)))
+        with _as_mlflow_error(RESOURCE_DOES_NOT_EXIST):
+            return _description(endpoints.get(_name(name, endpoint)))
 
     def predict(
         self, deployment_name: str | None = None, inputs: Any = None, endpoint: str | None = None
     ) -> pd.DataFrame:
-        """Count photos.
+        """Predict for photos.
 
         Args:
             deployment_name: which deployment.
@@ -135,31 +137,23 @@ class LocalDeploymentClient(BaseDeploymentClient):
             endpoint: the same as `deployment_name`.
 
         Returns:
-            A row a photo: quantity, confidence, probabilities (in the order of the quantities), quantities,
-            model_version.
+            A row a photo, as the MLflow model answers: quantity, confidence, probabilities (by quantity),
+            likely_quantities, model_version, error (None).
 
         Raises:
             MlflowException: no such deployment, or a photo that cannot be used, by its number from 0.
         """
-        with _told(RESOURCE_DOES_NOT_EXIST):
+        with _as_mlflow_error(RESOURCE_DOES_NOT_EXIST):
             deployed = endpoints.get(_name(deployment_name, endpoint))
         if deployed.pid is None:
             raise MlflowException(f"the deployment {deployed.name} is {deployed.status}: {deployed.error}")
         photos = [_bytes_of(photo, number) for number, photo in enumerate(_photos(inputs))]
         rows = []
-        with _told(INTERNAL_ERROR):
-            for number, count in enumerate(Client(deployed.address).predict_all(photos)):
-                if isinstance(count, PhotoError):
-                    raise MlflowException(f"photo {number}: {count}", INVALID_PARAMETER_VALUE)
-                rows.append(
-                    {
-                        "quantity": count.quantity,
-                        "confidence": count.confidence,
-                        "probabilities": list(count.probabilities.values()),
-                        "likely_quantities": list(count.likely_quantities),
-                        "model_version": count.model_version,
-                    }
-                )
+        with _as_mlflow_error(INTERNAL_ERROR):
+            for number, prediction in enumerate(Client(deployed.address).predict_all(photos)):
+                if isinstance(prediction, PhotoError):
+                    raise MlflowException(f"photo {number}: {prediction}", INVALID_PARAMETER_VALUE)
+                rows.append(record(prediction, prediction.model_version))
         return pd.DataFrame(rows)
 
 
@@ -169,16 +163,20 @@ def run_local(name: str, model_uri: str, flavor: str | None = None, config: dict
     Raises:
         MlflowException: as `create_deployment`.
     """
-    from stocktake.serving.supervisor import Supervisor
-
     _check_flavor(flavor)
-    with _told(INVALID_PARAMETER_VALUE):
+    with _as_mlflow_error(INVALID_PARAMETER_VALUE):
         ServerSettings.read(config or {})
-    with _fetched(model_uri) as model, _told(INTERNAL_ERROR):
-        deployment = Deployment(str(model.absolute()), model_uri, version_of(model), config or {})
-        supervisor = Supervisor(lambda: deployment)
-        print(f"{name}: {supervisor.address} (Ctrl-C ends it)", flush=True)
-        if supervisor.run():
+    with _fetched(model_uri) as model, _as_mlflow_error(INTERNAL_ERROR):
+        print(f"{name}: serving in the foreground (Ctrl-C ends it)", flush=True)
+        options = [word for setting, value in (config or {}).items() for word in (f"--{setting}", str(value))]
+        # a process of its own: uvicorn's workers import their parent's main module, and mlflow's takes seconds
+        server = subprocess.Popen([sys.executable, "-P", "-m", "stocktake.serving.serve", str(model), *options])
+        while server.poll() is None:
+            with suppress(KeyboardInterrupt):  # a terminal sends it to the server too
+                server.wait()
+                continue
+            server.send_signal(signal.SIGINT)
+        if server.returncode:
             raise MlflowException(f"{model_uri} is not served: see above", INTERNAL_ERROR)
 
 
@@ -187,7 +185,7 @@ def target_help() -> str:
     from stocktake.serving.serve import setting_descriptions
 
     settings = "\n".join(f"  {name:18} {text}" for name, text in setting_descriptions().items())
-    return f"""A counting model of stocktake, served by processes of this machine that outlive the command.
+    return f"""A model of stocktake, served by processes of this machine that outlive the command.
 
   mlflow deployments create -t {_TARGET} -m models:/stocktake@champion --name bins -C port=0 -C page=true
   mlflow deployments update -t {_TARGET} -m models:/stocktake/4 --name bins      without dropping a request
@@ -223,8 +221,8 @@ def _check_flavor(flavor: str | None) -> None:
 
 
 @contextmanager
-def _told(code: int) -> Iterator[None]:
-    """Our errors as MLflow's."""
+def _as_mlflow_error(code: int) -> Iterator[None]:
+    """Raise MlflowException for StocktakeError."""
     try:
         yield
     except StocktakeError as error:
@@ -252,7 +250,7 @@ def _fetched(model_uri: str) -> Iterator[Path]:
         yield folder
 
 
-def _described(endpoint: Endpoint) -> dict[str, Any]:
+def _description(endpoint: Endpoint) -> dict[str, Any]:
     return {
         "name": endpoint.name,
         "flavor": FLAVOR,

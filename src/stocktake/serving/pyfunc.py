@@ -1,6 +1,7 @@
-"""The MLflow model: a frame with photo bytes in, quantity, confidence and probabilities out.
+"""The MLflow model: a frame with photo bytes in, a record a photo out.
 
-Logged "from code": this file is the model's code, the exported folder is its only artifact. No pickle.
+Logged "from code": this file is the model's code, the exported folder its artifact, and of the package it carries the
+three files that it imports. No pickle. Where stocktake is installed, the installed package is used.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import tempfile
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -18,50 +21,51 @@ from mlflow.models import set_model
 from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array
+from mlflow.types.schema import Array, Map
 
-from stocktake.serving.predictor import ENGINES, FOLDER, Predictor
+from stocktake.serving.predictor import DESCRIPTION, ENGINES, FOLDER, Predictor, record
 
 COLUMN = "photo"
+CODE = ("errors.py", "data/images.py", "serving/predictor.py")
+"""Files of the package that a logged model carries beside this one."""
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow")
 """What the model is loaded with, besides its engine: part of the extra `serving`, in the versions it was saved with."""
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, COLUMN)]),
     outputs=Schema(
         [
-            ColSpec(DataType.long, "quantity"),
+            ColSpec(DataType.double, "quantity"),  # double: a photo with an error has none, and Spark needs a null
             ColSpec(DataType.double, "confidence"),
-            ColSpec(Array(DataType.double), "probabilities"),
+            ColSpec(Map(DataType.double), "probabilities"),
             ColSpec(Array(DataType.long), "likely_quantities"),
             ColSpec(DataType.string, "model_version"),
+            ColSpec(DataType.string, "error"),
         ]
     ),
 )
-"""The outputs are there for spark_udf, which makes a struct of them."""
+"""spark_udf makes a struct of the outputs."""
 
 
 class PredictorModel(PythonModel):
-    """Counts the photos of a frame's `photo` column (bytes)."""
+    """Predicts for the photos in a frame's `photo` column (bytes)."""
 
     def load_context(self, context: Any) -> None:
         """Load the exported model."""
-        self._counter = Predictor(Path(context.artifacts[FOLDER]))
+        self._predictor = Predictor(Path(context.artifacts[FOLDER]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row a photo: quantity, confidence, probabilities (in the order of the labels), quantities (the conformal
-        set), model_version.
+        """A row a photo: quantity, confidence, probabilities (by quantity), likely_quantities, model_version, error.
+
+        A photo that cannot be used has the reason as its error, and no quantity. Only a few photos are decoded at a
+        time, however long the frame is.
         """
         del context, params
-        counts = self._counter.predict([bytes(photo) for photo in model_input[COLUMN]])
-        return pd.DataFrame(
-            {
-                "quantity": [count.quantity for count in counts],
-                "confidence": [count.confidence for count in counts],
-                "probabilities": [list(count.probabilities.values()) for count in counts],
-                "likely_quantities": [list(count.likely_quantities) for count in counts],
-                "model_version": [count.model_version for count in counts],
-            }
-        )
+        photos = (b"" if photo is None else bytes(photo) for photo in model_input[COLUMN])
+        version = self._predictor.version
+        records = [record(outcome, version) for outcome in self._predictor.predict_each(photos)]
+        columns = SIGNATURE.outputs.input_names()
+        # objects: None stays None, where pandas would make NaN of it
+        return pd.DataFrame({name: pd.Series([row[name] for row in records], dtype=object) for name in columns})
 
 
 def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
@@ -72,20 +76,30 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
         destination: the model folder to write; must not exist.
         example: bytes of a photo, for the input example.
     """
-    engine = json.loads((exported / "model.json").read_text()).get("engine") or ENGINES[0]
+    engine = json.loads((exported / DESCRIPTION).read_text()).get("engine") or ENGINES[0]
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for talkative in ("mlflow.utils.environment", "mlflow.pyfunc"):  # one misses pip in an environment of uv's
-        logging.getLogger(talkative).setLevel(logging.ERROR)
-    mlflow.pyfunc.save_model(
-        str(destination),
-        python_model=__file__,
-        artifacts={FOLDER: str(exported)},
-        code_paths=[str(Path(__file__).parents[1])],
-        pip_requirements=[f"{name}=={installed_version(name)}" for name in (engine, *REQUIREMENTS)],
-        signature=SIGNATURE,
-        input_example=pd.DataFrame({COLUMN: [example]}),
-    )
+    for name in ("mlflow.utils.environment", "mlflow.pyfunc"):  # one warns that pip is missing in uv's environments
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="stocktake-model-") as temporary:
+        mlflow.pyfunc.save_model(
+            str(destination),
+            python_model=__file__,
+            artifacts={FOLDER: str(exported)},
+            code_paths=[str(_copy_code(Path(temporary)))],
+            pip_requirements=[f"{name}=={installed_version(name)}" for name in (engine, *REQUIREMENTS)],
+            signature=SIGNATURE,
+            input_example=pd.DataFrame({COLUMN: [example]}),
+        )
     return destination
+
+
+def _copy_code(folder: Path) -> Path:
+    """The carried files as a namespace package: without __init__.py it hides no installed stocktake."""
+    package = folder / "stocktake"
+    for name in CODE:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(__file__).parents[1] / name, package / name)
+    return package
 
 
 set_model(PredictorModel())

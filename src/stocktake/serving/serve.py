@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from stocktake.errors import StocktakeError
-from stocktake.serving import deployment as files
-from stocktake.serving.deployment import Deployment, version_of
+from stocktake.serving.deployment import Deployment, version_of, write_spec
 from stocktake.serving.settings import ServerSettings
 from stocktake.serving.supervisor import Supervisor
 
@@ -29,26 +29,26 @@ _EXAMPLES = """examples:
   kill -HUP PID                                 load the model folder anew, without dropping a request
 
 Every setting can be given as STOCKTAKE_<SETTING>, the model as STOCKTAKE_MODEL_DIR and its version as
-STOCKTAKE_MODEL_VERSION. SAGEMAKER_BIND_TO_PORT and SAGEMAKER_MODEL_SERVER_WORKERS are heeded too."""
+STOCKTAKE_MODEL_VERSION. SAGEMAKER_BIND_TO_PORT and SAGEMAKER_MODEL_SERVER_WORKERS set the port and the workers; with
+SAGEMAKER_BATCH=true, a photo that cannot be used is answered with an error record and status 200."""
 
 
 def main() -> NoReturn:
-    """Serve until SIGTERM. Exit codes: 0 told to end, 1 the model did not come up, 2 a mistake in the call."""
-    given = _parse(sys.argv[1:])
+    """Serve until SIGTERM. Exit codes: 0 ended by a signal, 1 the model was not loaded, 2 a mistake in the call."""
+    options = _parse(sys.argv[1:])
     try:
-        if given.pop("endpoint", None):
-            folder = Path(given["model"])
-            supervisor = Supervisor(lambda: files.read_wanted(folder), folder)
-        else:
-            deployment = deployment_of(given, os.environ)
-            supervisor = Supervisor(lambda: deployment)
-        sys.exit(supervisor.run())
+        if options.pop("endpoint", None):
+            sys.exit(Supervisor(Path(options["model"]), is_endpoint=True).serve())
+        with tempfile.TemporaryDirectory(prefix="stocktake-serve-") as folder:
+            write_spec(Path(folder), deployment_of(options, os.environ))
+            code = Supervisor(Path(folder)).serve()
+        sys.exit(code)
     except StocktakeError as error:
         print(f"serve: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def deployment_of(given: Mapping[str, str], environment: Mapping[str, str]) -> Deployment:
+def deployment_of(options: Mapping[str, str], environment: Mapping[str, str]) -> Deployment:
     """What options and environment ask for.
 
     Raises:
@@ -59,17 +59,18 @@ def deployment_of(given: Mapping[str, str], environment: Mapping[str, str]) -> D
         name = _PREFIX + setting.upper()
         if environment.get(name):
             asked[setting] = (environment[name], name)
-    asked |= {name: (value, f"--{name}") for name, value in given.items() if name not in ("model", "model_version")}
+    asked |= {name: (value, f"--{name}") for name, value in options.items() if name not in ("model", "model_version")}
     for setting, (value, source) in asked.items():
         try:
             ServerSettings.read({setting: value})
         except StocktakeError as error:
             raise StocktakeError(f"{source}: {error}") from None
-    model = given.get("model") or environment.get(f"{_PREFIX}MODEL_DIR") or CONTAINER_MODEL
+    model = options.get("model") or environment.get(f"{_PREFIX}MODEL_DIR") or CONTAINER_MODEL
     if not Path(model).is_dir():
         raise StocktakeError(f"there is no model folder {model}: name one, or set {_PREFIX}MODEL_DIR")
-    version = given.get("model_version") or environment.get(f"{_PREFIX}MODEL_VERSION") or version_of(Path(model))
-    return Deployment(model, model, version, {setting: value for setting, (value, _) in asked.items()})
+    version = options.get("model_version") or environment.get(f"{_PREFIX}MODEL_VERSION") or version_of(Path(model))
+    settings = {setting: value for setting, (value, _) in asked.items()}
+    return Deployment(str(Path(model).absolute()), model, version, settings)
 
 
 def setting_descriptions() -> dict[str, str]:

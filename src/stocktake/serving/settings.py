@@ -1,11 +1,11 @@
-"""How a server runs: what `serve`, `stocktake deploy` and the deployment target all take."""
-
-from __future__ import annotations
+"""How a server runs: the settings of `serve`, `stocktake deploy` and the deployment target."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from stocktake.errors import StocktakeError
 from stocktake.machine import cores
@@ -19,69 +19,43 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     """Address to listen on. A container listens on 0.0.0.0."""
-    port: int = 8080
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """0: any free one. SageMaker's is 8080."""
-    workers: int = 1
-    """Processes that share the address; each holds the model once."""
-    threads: int = dataclasses.field(default_factory=cores)
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that share the address; each loads the model."""
+    threads: Annotated[int, Field(ge=1, le=1024)] = dataclasses.field(default_factory=cores)
     """Threads of a worker's forward pass. Default: one a core that this process may use."""
-    max_batch: int = 8
-    """Photos counted in one forward pass at most."""
-    max_wait_ms: float = 2.0
-    """How long a photo waits for others to share its forward pass, when others are already being counted."""
-    max_queue: int = 256
-    """Photos that wait in a worker at most; a request beyond is answered 503 with Retry-After."""
-    max_request_bytes: int = 6 * MEBIBYTE
+    max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Photos that wait in a worker; a request that arrives while so many wait is answered 503 with Retry-After."""
+    max_request_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 6 * MEBIBYTE
     """Of a request's body; larger ones are answered 413. SageMaker passes on 6 MB at most."""
-    body_seconds: float = 20.0
-    """How long a client may take to send a body; slower ones are answered 408."""
-    drain_seconds: float = 10.0
-    """How long a worker that was told to end answers what it has begun."""
+    max_request_photos: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """Photos of a request; more are answered 413."""
+    client_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 20.0
+    """How long a client may take to send a request or to read its answer; then its connection is closed."""
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """How long a worker that ends may take to answer the requests that it has."""
+    stuck_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 30.0
+    """After a forward pass of this length /ping answers 503: prediction is stuck."""
     page: bool = False
     """Whether / shows a page to drop photos on. For people; off in a container."""
 
-    def __post_init__(self) -> None:
-        bounds = {
-            "port": (0, 65535),
-            "workers": (1, 256),
-            "threads": (1, 1024),
-            "max_batch": (1, 1024),
-            "max_wait_ms": (0, 1000),
-            "max_queue": (1, 1_000_000),
-            "max_request_bytes": (1024, 2**30),
-            "body_seconds": (0.1, 3600),
-            "drain_seconds": (0, 3600),
-        }
-        for name, (least, most) in bounds.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise StocktakeError(f"{name} {value:g} must be from {least:g} to {most:g}")
-
     @classmethod
-    def read(cls, given: dict[str, Any]) -> ServerSettings:
+    def read(cls, values: Mapping[str, Any]) -> "ServerSettings":
         """From names and values, which may be text, as a command line or a YAML file gives them.
 
         Raises:
-            StocktakeError: an unknown name, or a value of another type.
+            StocktakeError: an unknown name, or a value of another type or out of bounds.
         """
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for name, value in given.items():
-            if name not in fields:
-                raise StocktakeError(f"{name!r} is no setting of a server: they are {', '.join(fields)}")
-            values[name] = _typed(name, value, str(fields[name]))
-        return cls(**values)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := next((name for name in values if name not in names), None):
+            raise StocktakeError(f"{unknown!r} is no setting of a server: they are {', '.join(names)}")
+        try:
+            return _ADAPTER.validate_python(dict(values))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            name = fault["loc"][0]
+            raise StocktakeError(f"{name} {fault['input']}: {fault['msg'].lower()}") from None
 
 
-def _typed(name: str, value: Any, kind: str) -> Any:
-    text = value if isinstance(value, str) else json.dumps(value)
-    try:
-        if kind == "str":
-            return text if isinstance(value, str) else str(value)
-        if kind == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        return int(text) if kind == "int" else float(text)
-    except (ValueError, KeyError):
-        raise StocktakeError(
-            f"{name} {text} must be {'true or false' if kind == 'bool' else f'of type {kind}'}"
-        ) from None
+_ADAPTER = TypeAdapter(ServerSettings)
