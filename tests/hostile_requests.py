@@ -274,7 +274,7 @@ def bad_lines(client: Client) -> Any:
     )
     answer = client.ask(b"\n".join(lines) + b"\n", _LINES)
     records = [json.loads(line) for line in answer.body.splitlines()]
-    right = len(records) == 4 and sum(record["error"] is not None for record in records) == 1
+    right = len(records) == 4 and sum(bool(record["error"]) for record in records) == 1
     return [answer.status if right else -1], {200}
 
 

@@ -156,7 +156,7 @@ def same(answer: dict[str, Any], prediction: Prediction) -> bool:
         answer["quantity"] == prediction.quantity
         and answer["model_version"] == prediction.model_version
         and answer["likely_quantities"] == list(prediction.likely_quantities)
-        and answer["error"] is None
+        and answer["error"] == ""
         and answer["probabilities"].keys() == shares.keys()
         and all(abs(answer["probabilities"][quantity] - share) < 1e-5 for quantity, share in shares.items())
         and abs(answer["confidence"] - prediction.confidence) < 1e-5

@@ -155,7 +155,7 @@ def test_answers_are_an_object_a_list_or_lines() -> None:
         "probabilities": {"1": 0.25, "2": 0.75},
         "likely_quantities": [2],
         "model_version": "v7",
-        "error": None,
+        "error": "",
     }
     error = {
         "quantity": None,

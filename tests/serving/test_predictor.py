@@ -4,20 +4,25 @@ import io
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 
+from hostile_requests import png_header
 from stocktake.data.images import PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import predict
-from stocktake.serving.predictor import ENGINES, Prediction, Predictor
+from stocktake.serving.predictor import CHUNK, ENGINES, Prediction, Predictor
 from tiny_bins import draw_bin, tiny_model
 
 
@@ -208,6 +213,88 @@ def test_labels_of_another_graph_are_told(copied: Path) -> None:
     (copied / "model.json").write_text(json.dumps(description | {"labels": [1, 2]}))
     with pytest.raises(StocktakeError, match=r"model\.json has 2 labels, model\.onnx 3"):
         Predictor(copied)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": "os.path"},
+        {"engine": "antigravity"},
+        {"precision": "int4"},
+        {"labels": [1, 2, 2]},
+        {"labels": ["1", 2, 3]},
+        {"labels": []},
+        {"preprocessing": {"size": 10**9}},
+        {"preprocessing": {"size": 1.5}},
+        {"calibration": {"temperature": 0}},
+        {"calibration": {"temperature": -1.0}},
+        {"calibration": {"temperature": float("nan")}},
+        {"calibration": {"temperature": 1e300}},
+        {"calibration": {"temperature": 1.0, "set_threshold": 2}},
+    ],
+    ids=json.dumps,
+)
+def test_values_out_of_bounds_are_refused(changes: dict[str, Any], copied: Path) -> None:
+    """A model from somebody else: its engine names no module to import, its sizes fill no memory."""
+    path = copied / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    before = set(sys.modules)
+    with pytest.raises(StocktakeError, match="holds no exported model"):
+        Predictor(copied)
+    assert "antigravity" not in set(sys.modules) - before
+
+
+def test_a_deep_or_endless_description_is_refused(copied: Path) -> None:
+    for content in ("[" * 100_000, " " * 1_000_001):
+        (copied / "model.json").write_text(content)
+        with pytest.raises(StocktakeError, match="holds no exported model"):
+            Predictor(copied)
+
+
+@pytest.mark.parametrize("place", ["initializer", "constant", "subgraph"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_graph_with_data_in_other_files_is_refused(place: str, engine: Any, copied: Path, tmp_path: Path) -> None:
+    """It would read any file of the machine into the answers."""
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(bytes(12))
+    graph = onnx.load(copied / "model.onnx")
+    tensor = onnx.TensorProto(name="stolen", data_type=onnx.TensorProto.FLOAT, dims=[3])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=str(secret))
+    if place == "initializer":
+        graph.graph.initializer.append(tensor)
+    else:
+        constant = onnx.helper.make_node("Constant", [], ["stolen"], value=tensor)
+        body = onnx.helper.make_graph([constant], "body", [], [])
+        inner = onnx.helper.make_node("If", ["photos"], ["x"], then_branch=body, else_branch=body)
+        graph.graph.node.append(constant if place == "constant" else inner)
+    (copied / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(StocktakeError, match="other files"):
+        Predictor(copied, engine=engine)
+
+
+def test_a_photo_with_a_huge_side_is_refused_before_it_is_decoded(exported: Path) -> None:
+    photo = png_header(1, 1_000_000)
+    start = time.process_time()
+    (outcome,) = Predictor(exported).predict_each([photo])
+    assert isinstance(outcome, PhotoError)
+    assert "1x1000000" in str(outcome)
+    assert time.process_time() - start < 2
+
+
+def test_photos_are_predicted_in_chunks_and_a_bad_one_is_an_error_in_its_place(exported: Path) -> None:
+    taken: list[int] = []
+
+    def photos() -> Iterator[bytes]:
+        for number in range(3 * CHUNK):
+            taken.append(number)
+            yield b"no photo" if number == 1 else draw_bin(1 + number % 3, 910)
+
+    outcomes = Predictor(exported).predict_each(photos())
+    first = [next(outcomes) for _ in range(CHUNK)]
+    assert len(taken) == CHUNK
+    assert [isinstance(outcome, PhotoError) for outcome in first] == [number == 1 for number in range(CHUNK)]
+    assert len(list(outcomes)) == 2 * CHUNK
 
 
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:

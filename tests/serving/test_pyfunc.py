@@ -16,14 +16,13 @@ import zipfile
 from pathlib import Path
 
 import mlflow.pyfunc
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from stocktake.models.export import export_model
-from stocktake.serving.predictor import Predictor
-from stocktake.serving.pyfunc import save_pyfunc
+from stocktake.serving.predictor import Predictor, record
+from stocktake.serving.pyfunc import CODE, SIGNATURE, save_pyfunc
 from tiny_bins import draw_bin, tiny_model
 
 
@@ -42,26 +41,31 @@ def saved(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 PHOTOS = [draw_bin(quantity, 800 + quantity) for quantity in (1, 2, 3)]
 
 
-def test_the_loaded_model_answers_as_the_counter_does(saved: Path, exported: Path) -> None:
-    answers = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"photo": PHOTOS}))
-    assert list(answers.columns) == ["quantity", "confidence", "probabilities", "likely_quantities", "model_version"]
-    for row, count in zip(answers.itertuples(), Predictor(exported).predict(PHOTOS), strict=True):
-        assert row.quantity == count.quantity
-        assert row.confidence == pytest.approx(count.confidence)
-        np.testing.assert_allclose(row.probabilities, list(count.probabilities.values()))
+def test_the_loaded_model_answers_as_the_predictor_does(saved: Path, exported: Path) -> None:
+    """In the shape of the HTTP server's answers, which is also that of the signature."""
+    answers = mlflow.pyfunc.load_model(str(saved)).predict(pd.DataFrame({"photo": [*PHOTOS, b"no photo", None]}))
+    predictor = Predictor(exported)
+    expected = [record(prediction, predictor.version) for prediction in predictor.predict(PHOTOS)]
+    assert answers.to_dict("records")[:3] == expected
+    assert list(answers.columns) == SIGNATURE.outputs.input_names()
+    for row in answers.to_dict("records")[3:]:
+        assert row["error"]
+        assert (row["quantity"], row["confidence"], row["probabilities"]) == (None, None, {})
 
 
-def test_the_folder_holds_graph_code_signature_and_example_and_no_pickle(saved: Path) -> None:
+def test_the_folder_has_graph_and_the_code_it_needs_and_no_pickle(saved: Path) -> None:
     files = [path for path in saved.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".pth", ".joblib")]
     for path in files:
         head = path.read_bytes()[:2]
         assert not (head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")), f"{path} is a pickle"
         assert not zipfile.is_zipfile(path), f"{path} may hold a pickle"
-    assert (saved / "artifacts" / "exported" / "model.onnx").is_file()
-    assert (saved / "code" / "stocktake" / "serving" / "predictor.py").is_file()
+    assert {path.name for path in (saved / "artifacts" / "exported").iterdir()} == {"model.json", "model.onnx"}
+    code = {str(path.relative_to(saved)) for path in files if path.suffix == ".py"}
+    assert code == {"pyfunc.py", *(f"code/stocktake/{name}" for name in CODE)}
     described = yaml.safe_load((saved / "MLmodel").read_text())
-    assert [(one["name"], one["type"]) for one in json.loads(described["signature"]["inputs"])] == [("photo", "binary")]
+    columns = [(column["name"], column["type"]) for column in json.loads(described["signature"]["inputs"])]
+    assert columns == [("photo", "binary")]
     assert "torch" not in (saved / "requirements.txt").read_text()
 
 
@@ -97,8 +101,8 @@ else:
 import mlflow.pyfunc, pandas as pd, pathlib
 model = mlflow.pyfunc.load_model(sys.argv[1])
 answers = model.predict(pd.DataFrame({'photo': [pathlib.Path(sys.argv[2]).read_bytes()]}))
-import stocktake
-assert 'code' in pathlib.Path(stocktake.__file__).parts, stocktake.__file__
+import stocktake.serving.predictor as predictor
+assert 'code' in pathlib.Path(predictor.__file__).parts, predictor.__file__
 print('quantity', answers['quantity'][0])
 """
 
@@ -171,8 +175,8 @@ def test_mlflows_own_server_takes_it(saved: Path, exported: Path, tmp_path: Path
                 assert server.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.2)
-        found = json.load(answer)["predictions"]
+        rows = json.load(answer)["predictions"]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
-    assert [row["quantity"] for row in found] == [count.quantity for count in Predictor(exported).predict(PHOTOS)]
+    assert rows == [record(each, each.model_version) for each in Predictor(exported).predict(PHOTOS)]

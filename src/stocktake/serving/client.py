@@ -100,7 +100,7 @@ class Client:
 def _prediction(body: bytes, address: str) -> Prediction:
     try:
         answer: dict[str, Any] = json.loads(body)
-        if answer["error"] is not None:  # of a batch transform's server
+        if answer["error"]:  # of a batch transform's server
             raise PhotoError(str(answer["error"]))
         return Prediction(
             quantity=int(answer["quantity"]),

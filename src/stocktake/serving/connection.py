@@ -8,7 +8,6 @@ from typing import Any
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-
 IDLE_DRAIN_SECONDS = 1.0
 """How long a worker that ends leaves idle connections open: a request that is on its way is answered."""
 

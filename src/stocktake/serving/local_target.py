@@ -138,7 +138,7 @@ class LocalDeploymentClient(BaseDeploymentClient):
 
         Returns:
             A row a photo, as the MLflow model answers: quantity, confidence, probabilities (by quantity),
-            likely_quantities, model_version, error (None).
+            likely_quantities, model_version, error (empty).
 
         Raises:
             MlflowException: no such deployment, or a photo that cannot be used, by its number from 0.

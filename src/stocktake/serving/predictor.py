@@ -192,7 +192,7 @@ def record(outcome: Prediction | PhotoError, version: str) -> dict[str, Any]:
     """The one shape of an answer: in HTTP, in the MLflow model, in Spark.
 
     quantity, confidence, probabilities (by quantity, as text), likely_quantities, model_version, and error: the
-    reason why a photo has no prediction, else None.
+    reason why a photo has no prediction, else empty (MLflow would hand Spark the text "None" for a null).
     """
     if isinstance(outcome, PhotoError):
         return {
@@ -209,7 +209,7 @@ def record(outcome: Prediction | PhotoError, version: str) -> dict[str, Any]:
         "probabilities": {str(quantity): share for quantity, share in outcome.probabilities.items()},
         "likely_quantities": list(outcome.likely_quantities),
         "model_version": outcome.model_version,
-        "error": None,
+        "error": "",
     }
 
 

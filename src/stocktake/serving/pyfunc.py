@@ -23,7 +23,7 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array, Map
 
-from stocktake.serving.predictor import DESCRIPTION, ENGINES, FOLDER, Predictor, record
+from stocktake.serving.predictor import DESCRIPTION, ENGINES, FOLDER, GRAPH, Predictor, record
 
 COLUMN = "photo"
 CODE = ("errors.py", "data/images.py", "serving/predictor.py")
@@ -81,10 +81,14 @@ def save_pyfunc(exported: Path, destination: Path, example: bytes) -> Path:
     for name in ("mlflow.utils.environment", "mlflow.pyfunc"):  # one warns that pip is missing in uv's environments
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="stocktake-model-") as temporary:
+        artifact = Path(temporary) / FOLDER  # MLflow keeps the folder's name
+        artifact.mkdir()
+        for name in (DESCRIPTION, GRAPH):
+            shutil.copyfile(exported / name, artifact / name)
         mlflow.pyfunc.save_model(
             str(destination),
             python_model=__file__,
-            artifacts={FOLDER: str(exported)},
+            artifacts={FOLDER: str(artifact)},
             code_paths=[str(_copy_code(Path(temporary)))],
             pip_requirements=[f"{name}=={installed_version(name)}" for name in (engine, *REQUIREMENTS)],
             signature=SIGNATURE,
