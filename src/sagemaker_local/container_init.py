@@ -145,7 +145,7 @@ def _reap() -> dict[int, int]:
 def _descendants() -> list[int]:
     """Return every living process below this one."""
     parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):  # noqa: PTH208 - names are all that is wanted
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - names are enough
         if entry.isdigit():
             try:
                 after_name = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()

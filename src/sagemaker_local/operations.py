@@ -6,9 +6,12 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moto.core.common_models import CloudFormationModel
 from moto.core.common_types import TYPE_RESPONSE
 from moto.core.responses import ActionResult, BaseResponse
 from moto.core.utils import camelcase_to_underscores
+from moto.sagemaker import models
+from moto.sagemaker.exceptions import ValidationError
 from moto.sagemaker.responses import SageMakerResponse
 
 from sagemaker_local import endpoints, invocations, permissions, training_jobs, transform_jobs, tuning_jobs
@@ -131,7 +134,37 @@ def install(context: EmulatorContext) -> None:
             delattr(SageMakerResponse, name)
     for name, action in emulated.items():
         setattr(SageMakerResponse, name, _checked(action, own.get(name) or getattr(SageMakerResponse, name)))
+    for resource in [*_resources()]:
+        _check_in_stacks(resource)
     _refuse_what_is_missing()
+
+
+def _resources() -> Iterator[type[CloudFormationModel]]:
+    """Yield moto's resources of SageMaker in stacks."""
+    for value in vars(models).values():
+        if isinstance(value, type) and issubclass(value, CloudFormationModel) and value is not CloudFormationModel:
+            yield value
+
+
+def _check_in_stacks(resource: type[CloudFormationModel]) -> None:
+    """Hold the properties of a stack's resource against the table, as parameters of its Create operation."""
+    create = resource.create_from_cloudformation_json
+    action = f"Create{resource.cloudformation_type().rpartition('::')[2]}"
+
+    def create_checked(name: str, template: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        unsupported = _first_unsupported(action, template.get("Properties", {}))
+        if unsupported is not None:
+            raise ValidationError(message=unsupported)
+        return create(name, template, *rest, **named)
+
+    setattr(resource, create.__name__, staticmethod(create_checked))
+
+
+def _first_unsupported(action: str, request: dict[str, Any]) -> str | None:
+    if action not in EMULATED:
+        return f"{action} is not emulated by sagemaker-local"
+    parameter = next(_unsupported(EMULATED[action], request, ""), None)
+    return None if parameter is None else f"{action}'s {parameter} is not emulated by sagemaker-local"
 
 
 def _checked(action: str, method: Callable[[SageMakerResponse], ActionResult]) -> Callable[[SageMakerResponse], Any]:
@@ -139,9 +172,8 @@ def _checked(action: str, method: Callable[[SageMakerResponse], ActionResult]) -
 
     def operation(response: SageMakerResponse) -> ActionResult | TYPE_RESPONSE:
         check_request(action, response.params)
-        unsupported = next(_unsupported(EMULATED[action], response.params, ""), None)
-        if unsupported is not None:
-            return _not_emulated(response, f"{action}'s {unsupported} is not emulated by sagemaker-local")
+        if (unsupported := _first_unsupported(action, response.params)) is not None:
+            return _not_emulated(response, unsupported)
         result = method(response)
         return ActionResult(without_hollow(action, result.result)) if isinstance(result.result, dict) else result
 

@@ -28,7 +28,7 @@ def session() -> Session:
 
 
 def train(folder: Path) -> str:
-    """Torchrun on two hosts: the job's name."""
+    """Torchrun on two hosts, not waited for: the job's name."""
     trainer = ModelTrainer(
         training_image="1.dkr.ecr/any:1",
         source_code=SourceCode(source_dir=str(folder / "source"), entry_script="train.py"),
@@ -41,7 +41,7 @@ def train(folder: Path) -> str:
         output_data_config=OutputDataConfig(s3_output_path=OUTPUT),
     ).with_metric_definitions([MetricDefinition(name="world", regex="world=([0-9]+)")])
     data = InputData(channel_name="train", data_source=str(folder / "data"))
-    trainer.train(input_data_config=[data], wait=True, logs=False)
+    trainer.train(input_data_config=[data], wait=False, logs=False)
     return trainer._latest_training_job.training_job_name
 
 
@@ -99,6 +99,6 @@ def transform(objects: str) -> None:
 
 if __name__ == "__main__":
     folder, program, model, objects = sys.argv[1:]
-    results = {"train": train(Path(folder)), "tune": tune(program), "deploy": deploy(model)}
+    results = {"train": train(Path(folder)), "deploy": deploy(model), "tune": tune(program)}
     transform(objects)
     print(json.dumps(results))

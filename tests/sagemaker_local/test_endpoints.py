@@ -101,7 +101,7 @@ def test_the_life_of_an_endpoint(
     assert {invoke(emulator, "life")[1] for _ in range(10)} == {"bass"}
 
     metrics = emulator.client("cloudwatch").list_metrics(Namespace="AWS/SageMaker", MetricName="ModelLatency")
-    assert {"Name": "EndpointName", "Value": "life"} in metrics["Metrics"][0]["Dimensions"]
+    assert any({"Name": "EndpointName", "Value": "life"} in metric["Dimensions"] for metric in metrics["Metrics"])
 
     sagemaker.delete_endpoint(EndpointName="life")
     eventually(lambda: not sagemaker.list_endpoints(NameContains="life")["Endpoints"])

@@ -60,6 +60,7 @@ def test_it_prints_variables_and_listens_on_loopback_only(emulator: EmulatedAws)
     assert emulator.client("sts").get_caller_identity()["Account"] in emulator.role
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_no_process_and_no_file(state: Path) -> None:
     start = partial(EmulatedAws.start, "--state", str(state), "--grace", "1")
     first = start()

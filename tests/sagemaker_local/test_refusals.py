@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -133,9 +134,26 @@ def test_operations_that_are_not_emulated_are_refused(emulator: EmulatedAws) -> 
         "DestinationS3Uri": "s3://b/c",
         "CaptureOptions": [{"CaptureMode": "Input"}],
     }
-    assert "DataCaptureConfig" in not_emulated(
-        sagemaker.create_endpoint_config,
-        EndpointConfigName="captured",
-        ProductionVariants=[variant],
-        DataCaptureConfig=capture,
-    )
+    request = {"ProductionVariants": [variant], "DataCaptureConfig": capture}
+    create = sagemaker.create_endpoint_config
+    assert "DataCaptureConfig" in not_emulated(create, EndpointConfigName="captured", **request)
+
+
+@pytest.mark.parametrize(
+    ("kind", "properties", "refused_part"),
+    [
+        ("NotebookInstance", {"InstanceType": "ml.t3.medium", "RoleArn": "arn"}, "CreateNotebookInstance"),
+        (
+            "EndpointConfig",
+            {"ProductionVariants": [], "DataCaptureConfig": {"DestinationS3Uri": "s3://b/c"}},
+            "DataCap",
+        ),
+    ],
+)
+def test_stacks_are_held_against_the_same_table(
+    emulator: EmulatedAws, kind: str, properties: dict[str, Any], refused_part: str
+) -> None:
+    template = json.dumps({"Resources": {"Refused": {"Type": f"AWS::SageMaker::{kind}", "Properties": properties}}})
+    with pytest.raises(ClientError, match=refused_part):
+        emulator.client("cloudformation").create_stack(StackName=f"refused-{kind}", TemplateBody=template)
+    assert emulator.client("sagemaker").list_endpoint_configs(NameContains="refused")["EndpointConfigs"] == []

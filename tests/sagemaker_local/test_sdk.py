@@ -53,7 +53,7 @@ def results(
 
 
 def test_a_trainer_runs_torchrun_on_two_hosts(emulator: EmulatedAws, results: dict[str, Any]) -> None:
-    job = emulator.job(results["train"])
+    job = emulator.ended(results["train"])
     assert job["TrainingJobStatus"] == "Completed", emulator.log(f"{results['train']}/")
     assert [(metric["MetricName"], metric["Value"]) for metric in job["FinalMetricDataList"]] == [("world", 2)]
     assert sum("world=2" in line and "--lr" in line for line in emulator.log(f"{results['train']}/")) == 2

@@ -109,7 +109,7 @@ def test_a_failure_is_told_in_the_jobs_own_words(emulator: EmulatedAws) -> None:
 
 def test_a_stopped_job_gets_sigterm_and_keeps_what_it_wrote(emulator: EmulatedAws) -> None:
     script = """
-trap 'echo told to end; touch /opt/ml/model/half; exit 0' TERM
+trap 'echo ending; touch /opt/ml/model/half; exit 0' TERM
 echo started
 while true; do sleep 0.1; done
 """
@@ -119,7 +119,7 @@ while true; do sleep 0.1; done
     assert emulator.job("stopped")["TrainingJobStatus"] in ("Stopping", "Stopped")
     job = emulator.ended("stopped")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "Stopped")
-    assert emulator.log("stopped/") == ["started", "told to end"]
+    assert emulator.log("stopped/") == ["started", "ending"]
     assert archive(emulator.get("output/stopped/output/model.tar.gz")) == {"half": b""}
     with pytest.raises(ClientError, match="ValidationException"):
         emulator.client("sagemaker").stop_training_job(TrainingJobName="stopped")

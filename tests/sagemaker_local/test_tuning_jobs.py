@@ -13,16 +13,16 @@ pytestmark = pytest.mark.aws
 
 SCORE = """
 import json, os, pathlib, sys, time
-given = json.loads(pathlib.Path("/opt/ml/input/config/hyperparameters.json").read_text())
-lr, depth = float(given["lr"]), int(given["depth"])
-if given["kind"] == "bad":
+parameters = json.loads(pathlib.Path("/opt/ml/input/config/hyperparameters.json").read_text())
+lr, depth = float(parameters["lr"]), int(parameters["depth"])
+if parameters["kind"] == "bad":
     sys.exit("a bad kind")
-if given["kind"] == "late" and "-005-" in os.environ["TRAINING_JOB_NAME"]:
+if parameters["kind"] == "late" and "-005-" in os.environ["TRAINING_JOB_NAME"]:
     print("val_macro_f1=-9", flush=True)
     time.sleep(600)
-print(json.dumps(given))
+print(json.dumps(parameters))
 print(f"val_macro_f1={1 - (lr - 0.3) ** 2 - depth / 1000}", flush=True)
-time.sleep(float(given["seconds"]))
+time.sleep(float(parameters["seconds"]))
 """
 
 
