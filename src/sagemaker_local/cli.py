@@ -14,7 +14,7 @@ from pathlib import Path
 READY = "# ready"
 """Start of the last line that is printed, once everything answers."""
 _EXAMPLES = """examples:
-  sagemaker-local > emulator.sh &                       then, after its line "# ready": . ./emulator.sh
+  (umask 077; exec sagemaker-local > emulator.sh) &     then, after its line "# ready": . ./emulator.sh
   sagemaker-local --port 5000 --grace 2
   sagemaker-local --image '*/mine:*=python -m mine'     containers of this image start with: python -m mine train
   sagemaker-local --image '*/other*=sh ./docker/entry.sh --verbose'

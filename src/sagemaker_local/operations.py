@@ -17,7 +17,7 @@ from moto.sagemaker.responses import SageMakerResponse
 from sagemaker_local import endpoints, invocations, permissions, training_jobs, transform_jobs, tuning_jobs
 from sagemaker_local.context import EmulatorContext
 from sagemaker_local.refusals import error_response
-from sagemaker_local.service_model import check_request, without_hollow
+from sagemaker_local.service_model import check_request, without_empty_structures
 
 _CODE = "NotEmulated"
 _ANY: Any = None
@@ -175,7 +175,9 @@ def _checked(action: str, method: Callable[[SageMakerResponse], ActionResult]) -
         if (unsupported := _first_unsupported(action, response.params)) is not None:
             return _not_emulated(response, unsupported)
         result = method(response)
-        return ActionResult(without_hollow(action, result.result)) if isinstance(result.result, dict) else result
+        return (
+            ActionResult(without_empty_structures(action, result.result)) if isinstance(result.result, dict) else result
+        )
 
     return operation
 

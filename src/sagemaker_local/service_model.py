@@ -47,7 +47,7 @@ def require(request: dict[str, Any], *paths: str) -> None:
             raise ValidationError(message=f"1 validation error detected: {reason}")
 
 
-def without_hollow(operation: str, answer: dict[str, Any]) -> dict[str, Any]:
+def without_empty_structures(operation: str, answer: dict[str, Any]) -> dict[str, Any]:
     """Return an answer without empty structures that have required members, as moto gives for what was not set.
 
     AWS leaves them out, and the SageMaker SDK refuses to read them.
