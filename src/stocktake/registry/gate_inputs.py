@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stocktake.config import BinsConfig, TrackingConfig
 from stocktake.config.parser import option_names
+from stocktake.evaluation.evaluation import FOLDER
 from stocktake.registry.gate import Reference
 from stocktake.registry.versions import ModelRegistry, Version
 from stocktake.tracking.addresses import without_credentials
@@ -19,7 +20,7 @@ from stocktake.tracking.addresses import without_credentials
 if TYPE_CHECKING:
     import pandas as pd
 
-PREDICTIONS = "evaluation/test_predictions.parquet"
+PREDICTIONS = f"{FOLDER}/test_predictions.parquet"
 BASELINES = ("majority", "frozen")
 """Stages that the first champion has to beat."""
 _COLUMNS = {"id", "group", "quantity", "predicted"}
@@ -168,10 +169,10 @@ class _Source:
             bins["root"] = self.run.data.tags["data.root"]
         changed = {option: text for option, text in bins.items() if text != _as_param(defaults, option)}
         stores = {"tracking.uri": tracking.uri, "tracking.registry_uri": tracking.registry_uri}
-        given = {option: without_credentials(uri) for option, uri in stores.items() if uri}
+        where = {option: without_credentials(uri) for option, uri in stores.items() if uri}
         if experiment != TrackingConfig().experiment:
-            given["tracking.experiment"] = experiment
-        words = [f"--{option} {shlex.quote(text)}" for option, text in {**options, **changed, **given}.items()]
+            where["tracking.experiment"] = experiment
+        words = [f"--{option} {shlex.quote(text)}" for option, text in {**options, **changed, **where}.items()]
         return " ".join(["stocktake", name, *words])
 
 
