@@ -172,7 +172,7 @@ def site(
 @pytest.fixture(scope="module")
 def searched(site: Site) -> Run:
     """A search that was submitted, left alone, and then followed while AWS throttles."""
-    run = site.submit(SPACE, site.settings(**{"async": True}), trials="3", seed="9")  # a bad choice, then good ones
+    run = site.submit(SPACE, site.settings(**{"async": True}), trials="3", seed="15")  # a bad choice, then good ones
     assert run.info.status == "RUNNING"
     assert site.children(run) == []
     throttle = Throttle(site.emulator.endpoint, times=2)
