@@ -345,7 +345,7 @@ def test_two_machines_share_a_study_and_nobody_sees_its_password(make_config: Ma
     """Two workspaces as two machines; SQLite takes the token in its URL without a look at it."""
     database = f"sqlite:///file:{tmp_path}/shared.db?uri=true&token=pa55word"
     open_storage(database)  # Optuna makes the tables of a new database once
-    configs = [make_config(tmp_path / name, HEAD, stage="frozen", trials=4) for name in ("one", "two")]
+    configs = [make_config(tmp_path / name, HEAD, stage="frozen", trials=3) for name in ("one", "two")]
     processes = [begin(config, "--study", "shared", storage=database) for config in configs]
     command_lines = set()
     try:
@@ -361,7 +361,7 @@ def test_two_machines_share_a_study_and_nobody_sees_its_password(make_config: Ma
             process.kill()
     assert [process.returncode for process in processes] == [0, 0]
     study, _ = load_study(open_storage(database), "shared")
-    assert 4 <= len(study.trials) <= 5, "each machine may start one at the same moment"
+    assert 3 <= len(study.trials) <= 4, "each machine may start one at the same moment"
     assert all(trial.state is TrialState.COMPLETE for trial in study.trials)
     children = [name for config in configs for name in runs_of(config) if name.startswith("trial")]
     assert len(children) == len(study.trials)
