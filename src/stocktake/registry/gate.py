@@ -157,41 +157,23 @@ def compare_predictions(
     ours, theirs = (scores(confusion_matrix(labels, recorded, column), labels) for column in (predicted, other))
     groups = challenger["group"].to_numpy()
     low, high = paired_difference_interval(labels, recorded, predicted, other, groups, level=LEVEL)
-    macro_f1, reference_macro_f1 = float(ours["macro_f1"]), float(theirs["macro_f1"])
-    gain = macro_f1 - reference_macro_f1
-    figures = {
-        "macro_f1": macro_f1,
-        "reference_macro_f1": reference_macro_f1,
-        "gain": gain,
-        "gain_low": low,
-        "gain_high": high,
-        "n": len(challenger),
-    }
+    own, other_score = float(ours["macro_f1"]), float(theirs["macro_f1"])
+    gain = own - other_score
+    figures = {"macro_f1": own, "reference_macro_f1": other_score, "gain": gain, "gain_low": low, "gain_high": high}
+    figures["n"] = len(challenger)
+    note = f"macro-F1 {own:.3f} against {other_score:.3f}: {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
     rules = [
         Rule(split_rule, True, note=f"{len(challenger)} bins, {len(np.unique(groups))} groups"),
-        Rule(
-            f"gain over the {name}",
-            low > limits.min_gain,
-            value=low,
-            limit=limits.min_gain,
-            bound="above",
-            note=f"macro-F1 {macro_f1:.3f} against {reference_macro_f1:.3f}: {gain:+.3f} [{low:+.3f}, {high:+.3f}]",
-        ),
+        Rule(f"gain over the {name}", low > limits.min_gain, low, limits.min_gain, "above", note=note),
     ]
     if reference.guards_recall:
         drops = {label: float(theirs[f"recall_{label}"] - ours[f"recall_{label}"]) for label in labels}
         worst = max(drops, key=drops.__getitem__)
         figures["recall_drop"] = drop = drops[worst]
-        rules.append(
-            Rule(
-                "largest fall of a quantity's recall",
-                drop <= limits.max_recall_drop + _ROUNDING,
-                value=drop,
-                limit=limits.max_recall_drop,
-                bound="at most",
-                note=f"of {worst}, from {theirs[f'recall_{worst}']:.3f} to {ours[f'recall_{worst}']:.3f}",
-            )
-        )
+        recalls = [float(scored[f"recall_{worst}"]) for scored in (theirs, ours)]
+        limit, note = limits.max_recall_drop, f"of {worst}, from {recalls[0]:.3f} to {recalls[1]:.3f}"
+        name = "largest fall of a quantity's recall"
+        rules.append(Rule(name, drop <= limit + _ROUNDING, drop, limit, "at most", note=note))
     return rules, figures
 
 
@@ -203,25 +185,14 @@ def check_serving(serving: ServingStats, limits: GateConfig) -> list[Rule]:
     else:
         note = f"{check.get('photos', '?')} photos, {', '.join(check.get('engines') or {}) or 'no engine'}"
     passed = check is not None and check.get("passed") is True
-    latency, size = serving.latency_ms, serving.size_mb
+
+    def below(name: str, value: float, limit: float, unit: str, note: str = "") -> Rule:
+        return Rule(name, value < limit, value, limit, "below", unit, note)
+
+    engine = f"median on this machine, {serving.engine}"
     return [
-        Rule(
-            "latency of one photo",
-            latency < limits.max_latency_ms,
-            value=latency,
-            limit=limits.max_latency_ms,
-            bound="below",
-            unit="ms",
-            note=f"median on this machine, {serving.engine}",
-        ),
-        Rule(
-            "size of the model",
-            size < limits.max_size_mb,
-            value=size,
-            limit=limits.max_size_mb,
-            bound="below",
-            unit="MB",
-        ),
+        below("latency of one photo", serving.latency_ms, limits.max_latency_ms, "ms", engine),
+        below("size of the model", serving.size_mb, limits.max_size_mb, "MB"),
         Rule("export check", passed, note=note),
     ]
 
