@@ -46,8 +46,8 @@ def refused(stocktake: Callable[..., Any]) -> Callable[..., str]:
 
 
 def rejected(here: Path) -> dict[str, tuple[str, str]]:
-    """Of each id in set-aside.csv its file and reason."""
-    (path,) = (here / "workspace" / "manifests").glob("*/set-aside.csv")
+    """Of each id in rejected.csv its file and reason."""
+    (path,) = (here / "workspace" / "manifests").glob("*/rejected.csv")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return {row.id: (row.file, row.reason) for row in table.itertuples()}
 
@@ -101,7 +101,7 @@ def test_a_root_with_nothing_usable_ends_a_real_process_in_one_line(here: Path, 
     ended = run_process(here, "data", "--root", "root")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        "stocktake: --root root holds nothing usable: all 3 bins were set aside, the first because of "
+        "stocktake: --root root holds nothing usable: all 3 bins were rejected, the first because of "
         "bin-images/0.jpg: photo is not a JPEG, PNG or WebP image\n"
     )
 
@@ -133,20 +133,20 @@ def test_another_kind_of_root_is_refused(here: Path, refused: Callable[..., str]
         (b'{"EXPECTED_QUANTITY": true}', "EXPECTED_QUANTITY is True, not a whole number"),
     ],
 )
-def test_a_bad_record_is_set_aside_and_the_rest_is_used(
+def test_a_bad_record_is_rejected_and_the_rest_is_used(
     record: bytes, reason: str, here: Path, root: Path, write_bin: Callable[..., None], stocktake: Callable[..., Any]
 ) -> None:
     write_bin(root, "90000", record=record)
     ended = stocktake("data", "--root", "root")
     assert (ended.code, ended.err) == (0, "")
-    assert "1 bins set aside, listed in workspace/manifests/" in ended.out
+    assert "1 bins rejected, listed in workspace/manifests/" in ended.out
     assert f"  metadata/90000.json: {reason}" in ended.out
     file, told = rejected(here)["90000"]
     assert (file, told[: len(reason)]) == ("metadata/90000.json", reason)
     assert len(bins(here)) == len(GOOD)
 
 
-def test_bad_photos_are_set_aside_and_the_rest_is_used(
+def test_bad_photos_are_rejected_and_the_rest_is_used(
     here: Path,
     root: Path,
     bin_photo: Callable[..., bytes],
@@ -203,7 +203,7 @@ def test_unusual_photos_are_used_and_flagged(
         assert flag in ended.out
 
 
-def test_a_bomb_is_set_aside_in_a_real_process_and_fills_no_memory(
+def test_a_bomb_is_rejected_in_a_real_process_and_fills_no_memory(
     here: Path, root: Path, write_bin: Callable[..., None]
 ) -> None:
     for number in range(8):  # as many as threads could have in hand at once, and more
@@ -224,7 +224,7 @@ def test_a_bomb_is_set_aside_in_a_real_process_and_fills_no_memory(
 # Lists of ids, tasks, splits ------------------------------------------------------------------------------------------
 
 
-def test_unknown_ids_of_a_list_are_set_aside_and_listed(here: Path, root: Path, stocktake: Callable[..., Any]) -> None:
+def test_unknown_ids_of_a_list_are_rejected_and_listed(here: Path, root: Path, stocktake: Callable[..., Any]) -> None:
     known = [f"data/metadata/{number:05d}.json" for number in range(1, 21)]
     (here / "list.json").write_text(json.dumps({"1": known, "2": ["data/metadata/77777.json"]}))
     ended = stocktake("data", "--root", "root", "--list", "list.json")

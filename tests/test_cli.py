@@ -108,7 +108,7 @@ def test_the_package_can_be_started_by_name_and_by_path(started: list[str], tmp_
         (["finetune", "--lr", ".nan"], "--lr .nan must be"),
         (["finetune", "--training.label_smoothing", "2"], "--training.label_smoothing 2 must be at most 0.9"),
         (["majority", "--image_size", "4"], "--image_size 4 must be at least 8"),
-        (["data", "--split.twin_distance", "17"], "--split.twin_distance 17 must be at most 16"),
+        (["data", "--split.near_duplicate_distance", "17"], "--split.near_duplicate_distance 17 must be at most 16"),
         (["data", "--synthetic.count", "0"], "--synthetic.count 0 must be at least 1"),
         (["evaluate", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
     ],

@@ -33,7 +33,7 @@ TINY_JOB = {
     "task": "1-3",
     "image_size": str(TINY_SIZE),
     "split.fractions": "[0.6,0.2,0.2]",
-    "split.twin_distance": "0",
+    "split.near_duplicate_distance": "0",
     "backbone": PLAIN_BACKBONE,
     "weights": "none",
     "precision": "fp32",
@@ -93,7 +93,7 @@ def tiny_settings(tiny_root: Path) -> dict[str, Any]:
         "root": str(tiny_root),
         "task": "1-3",
         "image_size": TINY_SIZE,
-        "split": SplitConfig(fractions=(0.6, 0.2, 0.2), twin_distance=0),
+        "split": SplitConfig(fractions=(0.6, 0.2, 0.2), near_duplicate_distance=0),
         "tracking": TrackingConfig(system_metrics=False),
     }
 

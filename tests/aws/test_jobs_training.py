@@ -245,7 +245,7 @@ def test_two_machines_train_one_model(site: Site, tiny_root: Path) -> None:
             model=str(site.folder / "runs" / run.data.tags["stocktake.folder"] / "models" / "model"),
             root=str(tiny_root),
             task="1-3",
-            split=SplitConfig(fractions=(0.6, 0.2, 0.2), twin_distance=0),
+            split=SplitConfig(fractions=(0.6, 0.2, 0.2), near_duplicate_distance=0),
             workspace=str(site.folder / "here"),
             tracking=TrackingConfig(offline=True, system_metrics=False),
         )

@@ -126,7 +126,7 @@ def test_a_run_is_logged_through_the_arn(managed: Gateway, emulator: EmulatedAws
     config = MajorityConfig(
         root=str(tiny_root),
         task="1-3",
-        split=SplitConfig(fractions=(0.6, 0.2, 0.2), twin_distance=0),
+        split=SplitConfig(fractions=(0.6, 0.2, 0.2), near_duplicate_distance=0),
         tracking=TrackingConfig(experiment="through-the-arn", system_metrics=False),
     )
     majority(config)
@@ -155,7 +155,7 @@ def test_a_job_logs_through_the_arn(managed: Gateway, emulator: EmulatedAws, tin
             "task": "1-3",
             "workspace": "workspace",
             "split.fractions": "[0.6,0.2,0.2]",
-            "split.twin_distance": "0",
+            "split.near_duplicate_distance": "0",
             "tracking.system_metrics": "false",
         },
         experiment_name="jobs-through-the-arn",

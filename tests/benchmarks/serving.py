@@ -143,7 +143,7 @@ def models(folder: Path, backbone: str, size: int, data: bytes) -> tuple[Path, P
     import mlflow.pytorch
     import torch
 
-    from stocktake.data.images import decode, prepare
+    from stocktake.data.images import decode, resize_to_square
     from stocktake.models.export import export_model
     from stocktake.models.network import create_network
     from stocktake.serving.export_check import check_export
@@ -151,7 +151,7 @@ def models(folder: Path, backbone: str, size: int, data: bytes) -> tuple[Path, P
     if size != 224:
         raise SystemExit("the peer takes photos of 224 pixels")
     model = create_network((1, 2, 3, 4, 5), size, backbone, "none", seed=0).eval()
-    prepared = prepare(decode(data), size)[None]
+    prepared = resize_to_square(decode(data), size)[None]
     with torch.inference_mode():
         shares = torch.softmax(model(torch.from_numpy(prepared)).double(), 1).numpy()
     mlflow.pytorch.save_model(model, str(folder / "network"), serialization_format="pickle")

@@ -15,7 +15,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
-from stocktake.data.images import decode, prepare
+from stocktake.data.images import decode, resize_to_square
 
 
 class TorchPeer(PythonModel):
@@ -25,7 +25,7 @@ class TorchPeer(PythonModel):
         self.network = mlflow.pytorch.load_model(context.artifacts["network"]).eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        photos = [prepare(decode(base64.b64decode(photo)), 224) for photo in model_input["photo"]]
+        photos = [resize_to_square(decode(base64.b64decode(photo)), 224) for photo in model_input["photo"]]
         with torch.inference_mode():
             shares = torch.softmax(self.network(torch.from_numpy(np.stack(photos))), 1).numpy()
         return pd.DataFrame({"quantity": shares.argmax(1) + 1, "confidence": shares.max(1)})

@@ -15,7 +15,7 @@ import pytest
 from stocktake.commands.data import data
 from stocktake.config import DataConfig
 from stocktake.data.manifest import build_manifest
-from stocktake.data.source import FolderSource
+from stocktake.data.sources import FolderSource
 from stocktake.errors import StocktakeError
 
 QUANTITIES = [1, 2, 3, 4, 5] * 8
@@ -53,15 +53,15 @@ def expected(config: DataConfig) -> set[str]:
 
 def test_counts_are_returned_and_printed(config: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
     counts = data(config)
-    assert (counts["bins"], counts["outside"], counts["rejected"]) == (40, 2, 0)
+    assert (counts["bins"], counts["out_of_range"], counts["rejected"]) == (40, 2, 0)
     assert counts["train"] + counts["val"] + counts["test"] == 40
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
-    assert ["train", "val", "test", "all"] in lines
+    assert ["quantity", "train", "val", "test", "all"] in lines
     assert ["all", *(str(int(counts[split])) for split in ("train", "val", "test")), "40"] in lines
     assert [line[-1] for line in lines if line and line[0] in "12345" and len(line) == 5] == ["8"] * 5
     assert "2 bins have another quantity and are left out" in printed
-    assert "40 groups of looks; 0% of the bins are seen again" in printed
+    assert "40 groups of snapshots; 0% of the bins are seen again" in printed
     manifest = build_manifest(config)
     assert manifest.fingerprint in printed
     assert str(manifest.folder / "manifest.parquet") in printed
@@ -74,11 +74,11 @@ def test_what_is_set_aside_is_listed(
         write_bin(root_of(config), f"910{number:02d}", photo=b"")
     assert data(config)["rejected"] == 12
     printed = capsys.readouterr().out
-    assert "12 bins set aside, listed in" in printed
+    assert "12 bins rejected, listed in" in printed
     assert "  bin-images/91009.jpg: photo is empty" in printed
     assert "  ... and 2 more" in printed
     assert "91011" not in printed
-    listed = pd.read_csv(build_manifest(config).folder / "set-aside.csv", dtype=str)
+    listed = pd.read_csv(build_manifest(config).folder / "rejected.csv", dtype=str)
     assert listed["id"].tolist() == [f"910{number:02d}" for number in range(12)]
     assert listed["file"].iloc[11] == "bin-images/91011.jpg"
 

@@ -58,7 +58,7 @@ class Job:
         self.folder = folder
         self.client = mlflow.MlflowClient(store)
         self._fault = folder / "fault"
-        words = {"root": root, "task": "1-3", "split.fractions": "[0.6,0.2,0.2]", "split.twin_distance": 0}
+        words = {"root": root, "task": "1-3", "split.fractions": "[0.6,0.2,0.2]", "split.near_duplicate_distance": 0}
         words |= {"image_size": 32, "backbone": PLAIN_BACKBONE, "weights": "none", "precision": "fp32"}
         words |= {"batch_size": 8, "epochs": 3, "lr": 3e-4, "tracking.system_metrics": "false"}
         words |= {"training.collective_timeout": 60}
@@ -299,7 +299,7 @@ def test_bins_that_differ_between_machines_are_told(tiny_root: Path, tmp_path: P
         root=str(tiny_root),
         task="1-3",
         image_size=32,
-        split=SplitConfig(fractions=(0.6, 0.2, 0.2), twin_distance=0),
+        split=SplitConfig(fractions=(0.6, 0.2, 0.2), near_duplicate_distance=0),
         workspace=str(tmp_path),
     )
     with pytest.raises(StocktakeError, match=r"holds other bins for rank 1 \(fingerprint another\)"):

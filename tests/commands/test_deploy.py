@@ -63,7 +63,7 @@ def deploy(stocktake: Callable[..., Any], tiny_root: Path, state: Path) -> Calla
         "1-3",
         "--split.fractions",
         "[0.6,0.2,0.2]",
-        "--split.twin_distance",
+        "--split.near_duplicate_distance",
         "0",
     )
 

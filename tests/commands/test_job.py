@@ -22,7 +22,12 @@ from stocktake.tracking.local_store import FINISHED, KILLED, LocalRun
 from tiny_bins import PLAIN_BACKBONE, TINY_SIZE
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
-TINY = {"task": "1-3", "image_size": str(TINY_SIZE), "split.fractions": "[0.6,0.2,0.2]", "split.twin_distance": "0"}
+TINY = {
+    "task": "1-3",
+    "image_size": str(TINY_SIZE),
+    "split.fractions": "[0.6,0.2,0.2]",
+    "split.near_duplicate_distance": "0",
+}
 NETWORK = {"backbone": PLAIN_BACKBONE, "weights": "none", "precision": "fp32", "tracking.system_metrics": "false"}
 
 

@@ -233,7 +233,7 @@ def test_what_cannot_be_searched_is_refused_before_a_run_is_made(
 def begin(config: TuneConfig, *more: str, storage: str | None = None) -> subprocess.Popen[bytes]:
     """`stocktake tune` in a process of its own, with the settings that `make_config` gave."""
     words = ["tune", "--root", str(config.root), "--task", "1-3", "--image_size", "32", "--backbone", PLAIN_BACKBONE]
-    words += ["--split.fractions", "[0.6,0.2,0.2]", "--split.twin_distance", "0", "--weights", "none"]
+    words += ["--split.fractions", "[0.6,0.2,0.2]", "--split.near_duplicate_distance", "0", "--weights", "none"]
     words += ["--batch_size", "8", "--precision", "fp32", "--sampler", "random", "--pruner", "none"]
     words += ["--stage", config.stage, "--epochs", str(config.epochs), "--training.augment", "none"]
     words += ["--trials", str(config.trials), "--workers", str(config.workers), "--workspace", config.workspace]

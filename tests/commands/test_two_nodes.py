@@ -92,7 +92,14 @@ def start(
             ]
             words += ["--root", str(tiny_root), "--task", "1-3", "--image_size", "32", "--batch_size", "16"]
             words += ["--backbone", PLAIN_BACKBONE, "--weights", "none", "--precision", "fp32"]
-            words += ["--split.fractions", "[0.6,0.2,0.2]", "--split.twin_distance", "0", "--training.patience", "1000"]
+            words += [
+                "--split.fractions",
+                "[0.6,0.2,0.2]",
+                "--split.near_duplicate_distance",
+                "0",
+                "--training.patience",
+                "1000",
+            ]
             words += ["--workspace", str(tmp_path / f"machine-{node}"), "--tracking.uri", store]
             words += ["--tracking.system_metrics", "false", *more]
             command = [sys.executable, "-m", "stocktake", "ddp", *words]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stocktake.data.images import LARGEST_FILE, PhotoError, decode, examine, photo_key, prepare
+from stocktake.data.images import LARGEST_FILE, PhotoError, decode, decode_validated, photo_key, resize_to_square
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -34,10 +34,10 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("side", [60_000, 9_000])
 def test_a_bomb_is_refused_before_it_is_decoded(side: int, bin_photo: Callable[..., bytes]) -> None:
     data = bomb(side, side)
-    examine(bin_photo(1, format="PNG"))  # Pillow loads its readers with the first photo
+    decode_validated(bin_photo(1, format="PNG"))  # Pillow loads its readers with the first photo
     tracemalloc.start()
     with pytest.raises(PhotoError, match="pixels"):
-        examine(data)
+        decode_validated(data)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(data) < 1_000
@@ -52,7 +52,7 @@ def test_a_photo_just_within_the_bound_is_decoded() -> None:
 
 def test_a_file_larger_than_any_photo_is_refused(bin_photo: Callable[..., bytes]) -> None:
     with pytest.raises(PhotoError, match="more than"):
-        examine(bin_photo(1) + bytes(LARGEST_FILE))
+        decode_validated(bin_photo(1) + bytes(LARGEST_FILE))
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,22 @@ def test_a_file_larger_than_any_photo_is_refused(bin_photo: Callable[..., bytes]
 def test_unusual_photos_are_used_and_flagged(
     format: str, mode: str, flags: tuple[str, ...], bin_photo: Callable[..., bytes]
 ) -> None:
-    photo, found = examine(bin_photo(1, format=format, mode=mode))
+    photo, found = decode_validated(bin_photo(1, format=format, mode=mode))
     assert (photo.mode, photo.size, found) == ("RGB", (48, 40), flags)
+
+
+@pytest.mark.parametrize("orientation", [None, 3])
+def test_a_16_bit_greyscale_photo_is_scaled(orientation: int | None) -> None:
+    levels = np.linspace(0, 65535, 48 * 40).astype(np.uint16).reshape(40, 48)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "PNG", exif=exif)
+    photo, flags = decode_validated(file.getvalue())
+    upright = levels[::-1, ::-1] if orientation else levels
+    assert np.abs(np.asarray(photo).astype(int) - (upright / 257)[..., None]).max() <= 1
+    assert "greyscale" in flags
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
@@ -86,7 +100,7 @@ def test_a_rotated_photo_is_turned_upright(orientation: int) -> None:
     exif[0x0112] = orientation
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", exif=exif)
-    photo, flags = examine(file.getvalue())
+    photo, flags = decode_validated(file.getvalue())
     assert flags == ("exif_rotated",)
     assert photo.size == ((40, 48) if orientation >= 5 else (48, 40))
     reds = np.asarray(photo)[..., 0] > 128
@@ -97,7 +111,7 @@ def test_a_rotated_photo_is_turned_upright(orientation: int) -> None:
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"%PDF-1.4", b"\xff\xd8\xff", b"<svg/>", bytes(500)])
 def test_what_is_no_photo_is_refused_with_the_reason(data: bytes) -> None:
     with pytest.raises(PhotoError, match=r"^photo (is empty|is not a JPEG|cannot be)"):
-        examine(data)
+        decode_validated(data)
 
 
 @given(
@@ -105,7 +119,7 @@ def test_what_is_no_photo_is_refused_with_the_reason(data: bytes) -> None:
 )
 def test_any_bytes_are_a_photo_or_refused(data: bytes, start: bytes) -> None:
     try:
-        examine(start + data)
+        decode_validated(start + data)
     except PhotoError as error:
         assert str(error).startswith("photo ")
 
@@ -134,16 +148,16 @@ def test_a_truncated_photo_is_refused(format: str, bin_photo: Callable[..., byte
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 64))
-def test_prepare_gives_a_square_of_bytes(width: int, height: int, side: int) -> None:
+def test_resizing_gives_a_square_of_bytes(width: int, height: int, side: int) -> None:
     colour = (10, 200, 90)
-    prepared = prepare(Image.new("RGB", (width, height), colour), side)
+    prepared = resize_to_square(Image.new("RGB", (width, height), colour), side)
     assert (prepared.shape, prepared.dtype) == ((side, side, 3), np.uint8)
     assert (prepared == colour).all()
 
 
-def test_prepare_leaves_a_photo_of_the_size_as_it_is(bin_photo: Callable[..., bytes]) -> None:
+def test_resizing_leaves_a_photo_of_the_size_as_it_is(bin_photo: Callable[..., bytes]) -> None:
     photo = decode(bin_photo(1, size=(32, 32)))
-    assert (prepare(photo, 32) == np.asarray(photo)).all()
+    assert (resize_to_square(photo, 32) == np.asarray(photo)).all()
 
 
 def test_a_photo_is_known_by_its_bytes(bin_photo: Callable[..., bytes]) -> None:
@@ -156,7 +170,7 @@ def test_examining_in_threads_leaves_pythons_warnings_as_they_were(bin_photo: Ca
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(examine, [bin_photo(1)] * 800))
+            list(threads.map(decode_validated, [bin_photo(1)] * 800))
     finally:
         sys.setswitchinterval(interval)
     assert warnings.filters == before

@@ -1,10 +1,14 @@
-"""The manifest: what is used, what is set aside, what is read again, and what its fingerprint says."""
+"""The manifest: what is used, what is rejected, what is read again, and what its fingerprint says."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +17,11 @@ import pytest
 from PIL import Image
 
 from stocktake.config import BinsConfig, SplitConfig
-from stocktake.data import manifest as manifest_module
+from stocktake.data import checks, sqlite_file
+from stocktake.data.images import decode, resize_to_square
 from stocktake.data.manifest import Manifest, build_manifest
-from stocktake.data.source import FolderSource
+from stocktake.data.photos import photo_cache, prepare_photos
+from stocktake.data.sources import FolderSource
 from stocktake.errors import StocktakeError
 
 QUANTITIES = [1, 2, 3, 4, 5] * 8
@@ -60,14 +66,14 @@ def test_a_row_a_bin_with_what_is_known_of_it(config: BinsConfig, bin_photo: Cal
     assert (list(row["items"]), list(row["flags"]), row["group"]) == (["item-00002"], [], "00002")
     assert len(row["phash"]) == 16
     assert manifest.bins["hash"].is_unique
-    assert (len(manifest.rejected), manifest.outside, manifest.labels) == (0, 0, (1, 2, 3, 4, 5))
+    assert (len(manifest.rejected), manifest.out_of_range, manifest.labels) == (0, 0, (1, 2, 3, 4, 5))
     written = pd.read_parquet(manifest.folder / "manifest.parquet")
     assert written["id"].tolist() == manifest.bins["id"].tolist()
     assert written["split"].tolist() == manifest.bins["split"].tolist()
-    assert not list(manifest.folder.glob("*.part"))
+    assert not list(manifest.folder.glob(".*"))
 
 
-def test_a_second_call_reads_no_photo_and_finds_the_same(config: BinsConfig, photos_read: list[str]) -> None:
+def test_a_second_call_reads_no_photo_and_is_the_same(config: BinsConfig, photos_read: list[str]) -> None:
     first = build_manifest(config)
     assert sorted(photos_read) == first.bins["id"].tolist()
     photos_read.clear()
@@ -145,27 +151,97 @@ def test_a_fingerprint_is_of_the_data_not_of_its_place_or_order(
         assert build_manifest(changed).fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("damage", ["garbage", "cut", "other columns", "other types", "empty"])
-def test_a_damaged_memory_is_no_memory(config: BinsConfig, photos_read: list[str], damage: str) -> None:
-    fingerprint = build_manifest(config).fingerprint
-    memory = build_manifest(config).folder / "checked.parquet"
+@pytest.mark.parametrize("damage", ["garbage", "cut", "other bytes", "empty"])
+def test_damaged_checks_are_made_again(
+    config: BinsConfig, photos_read: list[str], damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = build_manifest(config)
+    (memory,) = manifest.folder.glob("checks-*.sqlite")
     whole = memory.read_bytes()
-    if damage == "garbage":
-        memory.write_bytes(b"no parquet" * 100)
-    elif damage == "cut":
-        memory.write_bytes(whole[: len(whole) // 2])
-    elif damage == "other columns":
-        pd.DataFrame({"id": ["00001"], "stamp": ["x"]}).to_parquet(memory)
-    elif damage == "other types":
-        pd.read_parquet(memory).assign(quantity=[["many"]] * 40).to_parquet(memory)
-    else:
-        memory.write_bytes(b"")
+    damaged = {
+        "garbage": b"no table" * 100,
+        "cut": whole[: len(whole) // 2],
+        "other bytes": whole[:100] + bytes(len(whole) - 100),
+        "empty": b"",
+    }
+    memory.write_bytes(damaged[damage])
+    monkeypatch.setattr(sqlite_file, "_local", threading.local())  # as a new process finds it
     photos_read.clear()
-    assert build_manifest(config).fingerprint == fingerprint
+    assert build_manifest(config).fingerprint == manifest.fingerprint
     assert len(photos_read) == 40
     photos_read.clear()
-    build_manifest(config)  # and it is mended
+    build_manifest(config)
     assert photos_read == []
+
+
+CHECK = """
+import os, sys
+from stocktake.config import BinsConfig
+from stocktake.data import checks, sqlite_file
+from stocktake.data.manifest import build_manifest
+from stocktake.data.sources import FolderSource
+photo, read = FolderSource.photo, []
+def counted(self, bin_id):
+    read.append(bin_id)
+    if len(read) > 30:
+        os.kill(os.getpid(), 9)
+    return photo(self, bin_id)
+FolderSource.photo = counted
+checks._CHUNK = 8
+build_manifest(BinsConfig(root=sys.argv[1], workspace=sys.argv[2]))
+"""
+
+
+def test_checks_are_saved_as_they_are_made(config: BinsConfig, photos_read: list[str]) -> None:
+    command = [sys.executable, "-c", CHECK, config.root or "", config.workspace]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(build_manifest(config).bins) == 40
+    assert len(photos_read) <= 40 - 24
+
+
+def test_a_photo_is_read_and_decoded_once(config: BinsConfig, photos_read: list[str]) -> None:
+    """Checked, and prepared for training, on a first run."""
+    manifest = build_manifest(config, photo_size=24)
+    photos = prepare_photos(manifest.source, manifest.bins, 24, Path(config.workspace))
+    assert sorted(photos_read) == manifest.bins["id"].tolist()
+    for bin_id, key in zip(manifest.bins["id"], manifest.bins["hash"], strict=True):
+        data = (root_of(config) / "bin-images" / f"{bin_id}.jpg").read_bytes()
+        assert (photos[key] == resize_to_square(decode(data), 24)).all()
+
+
+def test_photos_of_other_quantities_are_not_prepared(config: BinsConfig) -> None:
+    build_manifest(dataclasses.replace(config, task="2-3"), photo_size=24)
+    assert len(photo_cache(Path(config.workspace), 24)) == 16
+
+
+def test_a_damaged_cache_of_photos_is_filled_anew(config: BinsConfig, photos_read: list[str]) -> None:
+    cache = photo_cache(Path(config.workspace), 24)
+    cache.path.parent.mkdir(parents=True)
+    cache.path.write_bytes(b"no cache" * 1000)
+    manifest = build_manifest(config, photo_size=24)
+    assert (
+        prepare_photos(manifest.source, manifest.bins, 24, Path(config.workspace)).missing(manifest.bins["hash"]) == []
+    )
+    assert len(photos_read) == 40
+
+
+def test_a_split_does_not_depend_on_the_limit_nor_on_the_task(
+    config: BinsConfig, write_bin: Callable[..., None]
+) -> None:
+    """Bin 00000, of another quantity, names the group of some bins that a task or a limit would take alone."""
+    for number in range(1, 41):
+        write_bin(root_of(config), f"0{number:04d}a", 7, items=[f"item-{number:05d}", f"item-{number + 1:05d}"])
+    split_of = dict(build_manifest(dataclasses.replace(config, task="0-9")).bins[["id", "split"]].to_numpy())
+    for changed in ({"task": "1-3"}, {"limit": 7}, {"task": "2-3", "limit": 5}):
+        bins = build_manifest(dataclasses.replace(config, **changed)).bins
+        assert len(bins) == {"1-3": 24}.get(str(changed.get("task")), changed.get("limit"))
+        assert {bin_id: split_of[bin_id] for bin_id in bins["id"]} == dict(bins[["id", "split"]].to_numpy())
+
+
+def test_the_largest_group_is_reported(config: BinsConfig, write_bin: Callable[..., None]) -> None:
+    for number in range(5):
+        write_bin(root_of(config), f"9000{number}", 7, items=["shared"])
+    assert build_manifest(config).largest_group == 5
 
 
 def test_other_checks_than_the_remembered_ones_read_all_again(
@@ -173,7 +249,7 @@ def test_other_checks_than_the_remembered_ones_read_all_again(
 ) -> None:
     build_manifest(config)
     photos_read.clear()
-    monkeypatch.setattr(manifest_module, "CHECKS_VERSION", manifest_module.CHECKS_VERSION + 1)
+    monkeypatch.setattr(checks, "CHECKS_VERSION", checks.CHECKS_VERSION + 1)
     build_manifest(config)
     assert len(photos_read) == 40
 
@@ -181,7 +257,7 @@ def test_other_checks_than_the_remembered_ones_read_all_again(
 def test_quantities_outside_the_task_are_counted_and_left_out(config: BinsConfig) -> None:
     manifest = build_manifest(dataclasses.replace(config, task="2-3"))
     assert set(manifest.bins["quantity"]) == {2, 3}
-    assert (len(manifest.bins), manifest.outside, len(manifest.rejected)) == (16, 24, 0)
+    assert (len(manifest.bins), manifest.out_of_range, len(manifest.rejected)) == (16, 24, 0)
     with pytest.raises(StocktakeError, match=r"--task 6-9 matches no bin of .*: its quantities are 1 to 5"):
         build_manifest(dataclasses.replace(config, task="6-9"))
 
@@ -205,7 +281,7 @@ def test_a_list_names_the_bins_to_use(config: BinsConfig, tmp_path: Path, photos
     assert manifest.bins["id"].tolist() == ["00001", "00007"]
     assert sorted(photos_read) == ["00001", "00007"]
     assert reasons(manifest) == {"77777": "named by --list, but not in the root"}
-    written = pd.read_csv(manifest.folder / "set-aside.csv", dtype=str)
+    written = pd.read_csv(manifest.folder / "rejected.csv", dtype=str)
     assert written["id"].tolist() == ["77777"]
     photos_read.clear()
     assert len(build_manifest(config).bins) == 40
@@ -217,7 +293,7 @@ def test_a_list_names_the_bins_to_use(config: BinsConfig, tmp_path: Path, photos
     assert photos_read == ["00001"]  # and so are the others when only the listed ones are looked at
 
 
-def test_looks_stay_together_unless_split_by_id(config: BinsConfig, write_bin: Callable[..., None]) -> None:
+def test_snapshots_stay_together_unless_split_by_id(config: BinsConfig, write_bin: Callable[..., None]) -> None:
     for number in range(1, 41):
         write_bin(root_of(config), f"{number:05d}b", 2, items=[f"item-{number:05d}"])
     grouped = build_manifest(config).bins
@@ -259,7 +335,7 @@ def test_learning_needs_every_quantity_in_train_and_no_empty_split(
     build_manifest(enough).require_train_classes()
 
 
-def test_a_bad_bin_is_set_aside_with_its_file_and_the_rest_is_used(
+def test_a_bad_bin_is_rejected_with_its_file_and_the_rest_is_used(
     config: BinsConfig, write_bin: Callable[..., None]
 ) -> None:
     root = root_of(config)
@@ -303,16 +379,16 @@ def test_any_text_in_a_record_can_be_remembered(config: BinsConfig, write_bin: C
     assert "91000" in build_manifest(config).bins["id"].tolist()
 
 
-@pytest.mark.parametrize("in_the_way", ["manifest.parquet", "set-aside.csv", "checked.parquet"])
+@pytest.mark.parametrize("in_the_way", ["manifest.parquet", "rejected.csv", "checks-v2.sqlite"])
 def test_a_workspace_that_cannot_be_written_is_named(config: BinsConfig, in_the_way: str) -> None:
     """A folder where a file should be: refused to any user, root too."""
     place = build_manifest(config).folder / in_the_way
     place.unlink()
     place.mkdir()
     (place / "kept").touch()
-    with pytest.raises(StocktakeError, match=f"--workspace {config.workspace} cannot be written .*another folder"):
+    with pytest.raises(StocktakeError, match=f"{config.workspace}.* cannot be written"):
         build_manifest(config)
-    assert not list(place.parent.glob("*.part"))
+    assert not list(place.parent.glob(".*"))
 
 
 def test_an_upright_size_is_told_of_a_rotated_photo(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stocktake.config import BinsConfig
-from stocktake.data.images import decode, prepare
+from stocktake.data.images import decode, resize_to_square
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos
 from stocktake.errors import StocktakeError
@@ -27,7 +27,7 @@ def test_every_photo_is_prepared_under_its_hash(config: BinsConfig) -> None:
     photos = prepare_photos(manifest.source, manifest.bins, SIZE, Path(config.workspace))
     assert len(photos) == 3
     for bin_id, key in zip(manifest.bins["id"], manifest.bins["hash"], strict=True):
-        assert (photos[key] == prepare(decode(manifest.source.photo(bin_id)), SIZE)).all()
+        assert (photos[key] == resize_to_square(decode(manifest.source.photo(bin_id)), SIZE)).all()
 
 
 def test_prepared_photos_are_not_read_again(config: BinsConfig) -> None:

@@ -59,7 +59,7 @@ def test_each_photo_has_its_own_row(tiny_bench: PreparedData, tmp_path: Path) ->
         def forward(self, photos: torch.Tensor) -> torch.Tensor:
             return photos.float().mean((1, 2))
 
-    cache = ArrayCache(tmp_path, (2, 2, 3), "uint8")
+    cache = ArrayCache(tmp_path / "photos.sqlite", (2, 2, 3), "uint8")
     cache.add({str(level): np.full((2, 2, 3), [level, 0, 0], np.uint8) for level in range(5)})
     model = Brightness(create_network((1, 2, 3), TINY_SIZE, TINY_BACKBONE, "none").spec)
     for batch_size in (1, 2, 5, 9):

@@ -20,7 +20,7 @@ SIZE = 16
 
 def random_photos(folder: Path, n: int, seed: int = 0) -> tuple[ArrayCache, list[str], npt.NDArray[np.uint8]]:
     photos = np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
-    cache = ArrayCache(folder / "photos", (SIZE, SIZE, 3), "uint8")
+    cache = ArrayCache(folder / "photos.sqlite", (SIZE, SIZE, 3), "uint8")
     hashes = [f"photo{row}" for row in range(n)]
     cache.add(dict(zip(hashes, photos, strict=True)))
     return cache, hashes, photos

@@ -27,7 +27,7 @@ def eda(config: EdaConfig) -> dict[str, float]:
         run.log_params({"task": config.task, "seed": config.seed, "split.by": config.split.by})
         counts = {str(split): int(count) for split, count in manifest.counts().sum().items()}
         run.log_dataset(DatasetRecord("bins", fingerprint, root, rows=len(manifest.bins), profile=counts), "eda")
-        exploration = explore(manifest, seed=config.seed, near=config.split.twin_distance)
+        exploration = explore(manifest, seed=config.seed, near=config.split.near_duplicate_distance)
         page = exploration.save(run.artifacts, root=root, task=config.task, fingerprint=fingerprint)
         run.log_metrics(exploration.metrics)
     again, ratio = exploration.metrics["eda/repeated_share"], exploration.metrics["eda/imbalance_ratio"]

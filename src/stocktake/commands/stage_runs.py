@@ -71,7 +71,7 @@ def prepare_data(config: ImageConfig) -> PreparedData:
         StocktakeError: bins, task or workspace cannot be used, or a quantity has no bin to learn from.
     """
     with distributed.local_rank_zero_first():
-        manifest = build_manifest(config)
+        manifest = build_manifest(config, photo_size=config.image_size)
         manifest.require_train_classes()
         if distributed.is_rank_zero() and distributed.LAUNCHER not in os.environ:  # which has printed it
             _tell(manifest, config.task)
@@ -210,7 +210,7 @@ def log_config(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], ma
 
 def dataset_record(manifest: Manifest) -> DatasetRecord:
     """The manifest as MLflow's dataset input."""
-    profile = {"bins": len(manifest.bins), "rejected": len(manifest.rejected), "outside": manifest.outside}
+    profile = {"bins": len(manifest.bins), "rejected": len(manifest.rejected), "out_of_range": manifest.out_of_range}
     profile |= {f"{split}/{label}": n for split, label, n in manifest.counted()}
     return DatasetRecord(
         name=Path(shown_root(manifest)).name or "bins",

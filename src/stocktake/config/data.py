@@ -13,14 +13,17 @@ class SplitConfig(Settings):
     """How bins are divided into train, val and test."""
 
     by: Literal["group", "id"] = "group"
-    """group: all looks at one bin stay together. id: the plain random split of published figures."""
+    """group: all snapshots of one bin stay together. id: the plain random split of published figures."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, val and test; they sum to 1."""
     seed: int = 0
     """Changes which bins fall into which split; any whole number."""
-    twin_distance: Annotated[int, Field(ge=0, le=16)] = 4
-    """Photos whose perceptual hashes differ in at most this many of 64 bits are looks at one bin. On real
+    near_duplicate_distance: Annotated[int, Field(ge=0, le=16)] = 4
+    """Photos whose perceptual hashes differ in at most this many of 64 bits are snapshots of one bin. On real
     bins 4 finds near-identical photos, 8 already pairs different bins behind the same bands."""
+    common_item: Annotated[int, Field(ge=1)] = 100
+    """An item that more bins than this record says nothing about which bin it is in: records that share only such
+    items are not taken for snapshots of one bin."""
 
 
 @dataclass
@@ -37,7 +40,7 @@ class SyntheticConfig(Settings):
 
 @dataclass
 class S3Config(Settings):
-    """How a root at s3://bucket/prefix is fetched."""
+    """How a root at s3://bucket/prefix is downloaded."""
 
     anonymous: bool = False
     """Ask without a signature. Default: only for the public bucket, and where no credentials are found."""
@@ -52,7 +55,7 @@ class S3Config(Settings):
     verify: bool = True
     """Compare each object with the MD5 in its ETag; false for buckets encrypted with KMS, whose ETag is none."""
     refresh: bool = False
-    """List the bucket again, ask again for what was missing, and fetch what has changed."""
+    """List the bucket again, ask again for what was missing, and download what has changed."""
 
 
 @dataclass
@@ -67,7 +70,8 @@ class BinsConfig(Settings):
     list: str | None = None
     """JSON file of the ids to use: {"1": ["data/metadata/100313.json", ...], ...}."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first bins of the task, by id, this many."""
+    """Use only the first bins of the task, by id, this many. All bins of a folder are checked and grouped first, so
+    that a bin's split does not depend on the limit; of a bucket, no more than these are downloaded."""
     workspace: str = "workspace"
     """Folder for everything the program writes: synthetic root, manifests, caches, runs."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
@@ -79,13 +83,12 @@ class BinsConfig(Settings):
 
 @dataclass
 class DataConfig(BinsConfig):
-    """Build the manifest: check every photo and record, group the looks at one bin, assign splits.
+    """Build the manifest: check every photo and record, group the snapshots of one bin, assign splits.
 
     Examples:
         stocktake data --root ../bins
         stocktake data --root ../bins --split.fractions '[0.7,0.2,0.1]' --split.by id
         stocktake data --root ../bins --list file_list.json --export imagefolder
-        stocktake data --root s3://aft-vbi-pds --plan true
         stocktake data --root s3://aft-vbi-pds --task 1-5 --limit 5000 --s3.resize 256
         stocktake data --root s3://aft-vbi-pds --list file_list.json --publish s3://my-bucket/bins
     """
@@ -93,8 +96,6 @@ class DataConfig(BinsConfig):
     export: str | None = None
     """Also write an ImageFolder tree here: train/1/<id>.jpg, ..."""
     publish: str | None = None
-    """Also upload the bins of the task to s3://bucket/prefix, as shards that training jobs read; a root as well."""
+    """Also upload the bins of the task to s3://bucket/prefix, as webdataset shards with an index: a root as well."""
     shard_mb: Annotated[int, Field(ge=1, le=2000)] = 64
     """Megabytes of a shard."""
-    plan: bool = False
-    """Fetch nothing but a sample of the root at s3://, and tell what all of it takes: objects, hours, cost, memory."""

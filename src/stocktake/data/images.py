@@ -15,6 +15,9 @@ LARGEST_FILE = 50_000_000
 LARGEST_PHOTO = 40_000_000
 """Pixels. Asked before decoding, so that a small file cannot fill the memory."""
 FORMATS = ("JPEG", "PNG", "WEBP")
+PREPROCESSING_VERSION = 2
+"""Raised when `decode` or `resize_to_square` give other pixels for the same bytes: caches are named after it."""
+_ORIENTATION = 0x0112
 _KEPT_QUALITY = 92
 """Of JPEGs that are kept smaller than they came."""
 
@@ -27,7 +30,7 @@ class PhotoError(Exception):
     """This photo cannot be used; the message is the reason given to the user."""
 
 
-def examine(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+def decode_validated(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     """The photo, upright, in RGB, and what was unusual about its file: png, webp, greyscale, cmyk, exif_rotated.
 
     Raises:
@@ -51,14 +54,23 @@ def examine(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
         photo.load()
         if photo.mode == "CMYK":
             flags.append("cmyk")
-        elif photo.mode in ("1", "L", "LA", "I", "I;16", "F"):
+        elif photo.mode in ("1", "L", "LA") or _is_16_bit(photo):
             flags.append("greyscale")
-        if photo.getexif().get(0x0112, 1) != 1:
+        if photo.getexif().get(_ORIENTATION, 1) != 1:
             flags.append("exif_rotated")
-            return ImageOps.exif_transpose(photo).convert("RGB"), tuple(flags)
-        return photo.convert("RGB"), tuple(flags)
+            ImageOps.exif_transpose(photo, in_place=True)
+        return (_to_8_bit(photo) if _is_16_bit(photo) else photo).convert("RGB"), tuple(flags)
     except Exception as error:
         raise PhotoError(f"photo cannot be decoded: {error}") from None
+
+
+def _is_16_bit(photo: Image.Image) -> bool:
+    return photo.mode.startswith("I")
+
+
+def _to_8_bit(photo: Image.Image) -> Image.Image:
+    """A 16-bit greyscale photo, scaled; Pillow's own conversion clips at 255, which turns nearly all of it white."""
+    return Image.fromarray((np.asarray(photo).astype(np.uint32) // 257).astype(np.uint8))
 
 
 def shrink(data: bytes, short_side: int) -> bytes:
@@ -82,11 +94,11 @@ def photo_key(data: bytes) -> str:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The photo, upright, in RGB; errors as `examine`."""
-    return examine(data)[0]
+    """The photo, upright, in RGB; errors as `decode_validated`."""
+    return decode_validated(data)[0]
 
 
-def prepare(photo: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+def resize_to_square(photo: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     """The photo as a network sees it: (size, size, 3), uint8, stretched to a square.
 
     About half of the real photos come stretched to a square already; so the others are too.

@@ -8,50 +8,55 @@ from typing import Any
 
 import numpy.typing as npt
 import pandas as pd
+from tqdm import tqdm
 
 from stocktake.data.array_cache import ArrayCache
-from stocktake.data.images import decode, photo_key, prepare
-from stocktake.data.source import Source
+from stocktake.data.images import PREPROCESSING_VERSION, decode, photo_key, resize_to_square
+from stocktake.data.sources import Source
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
-from stocktake.progress import progress
 
 _THREADS = 4
-_CHUNK = 512
+_CHUNK = 256
+
+
+def photo_cache(workspace: Path, size: int) -> ArrayCache:
+    """The cache of photos as (size, size, 3) uint8 by their content hash, of this version of the preprocessing."""
+    path = workspace / "cache" / f"photos-{size}px-v{PREPROCESSING_VERSION}.sqlite"
+    return ArrayCache(path, (size, size, 3), "uint8")
 
 
 def prepare_photos(source: Source, bins: pd.DataFrame, size: int, workspace: Path) -> ArrayCache:
-    """A cache with every photo of `bins` as (size, size, 3) uint8 by its content hash; fills what is missing.
+    """A cache that holds every photo of `bins`; those that the manifest's checks did not store are decoded now.
 
-    Of several processes that want the same photos, one prepares them and the others wait for it.
+    Of several processes that ask for the same photos, one prepares them and the others wait for it.
 
     Raises:
         StocktakeError: a photo changed after the manifest was built, or the cache cannot be written.
     """
-    cache = ArrayCache(workspace / "cache" / f"photos-{size}px", (size, size, 3), "uint8")
+    cache = photo_cache(workspace, size)
     if cache.missing(bins["hash"]):
-        with FileLock(cache.folder / "filling"):
+        with cache.fill_lock():
             _fill(cache, source, bins, size)
     return cache
 
 
 def _fill(cache: ArrayCache, source: Source, bins: pd.DataFrame, size: int) -> None:
     missing = set(cache.missing(bins["hash"]))
-    todo = bins[bins["hash"].isin(missing)].drop_duplicates("hash")
+    rows = bins[bins["hash"].isin(missing)].drop_duplicates("hash")
 
-    def load(pair: tuple[str, str]) -> tuple[str, npt.NDArray[Any]]:
-        bin_id, expected = pair
+    def load(bin_id: str, expected_hash: str) -> tuple[str, npt.NDArray[Any]]:
         try:
             data = source.photo(bin_id)
         except OSError as error:
             raise StocktakeError(f"photo {bin_id} of {source.root} cannot be read: {error.strerror}") from None
-        if photo_key(data) != expected:
+        if photo_key(data) != expected_hash:
             raise StocktakeError(f"photo {bin_id} of {source.root} changed while it was read: start again")
-        return expected, prepare(decode(data), size)
+        return expected_hash, resize_to_square(decode(data), size)
 
-    pairs = list(zip(todo["id"], todo["hash"], strict=True))
-    with progress(f"preparing photos at {size} px", len(pairs)) as advance, ThreadPoolExecutor(_THREADS) as threads:
-        for start in range(0, len(pairs), _CHUNK):
-            chunk = dict(threads.map(load, pairs[start : start + _CHUNK]))
-            cache.add(chunk)
-            advance(len(chunk))
+    title = f"preparing photos at {size} px"
+    with tqdm(total=len(rows), desc=title, disable=None) as bar, ThreadPoolExecutor(_THREADS) as threads:
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows.iloc[start : start + _CHUNK]
+            arrays = dict(threads.map(load, chunk["id"], chunk["hash"]))
+            cache.add(arrays)
+            bar.update(len(arrays))

@@ -1,15 +1,51 @@
-"""Train, val and test, decided by a hash, so that they hardly move when bins are added."""
+"""Train, val and test: which bins belong together, and where they go. Decided here and nowhere else.
+
+Decided by a hash, so that bins hardly move when others are added.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from stocktake.errors import StocktakeError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stocktake.config import SplitConfig
+
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+def decide_splits(bins: pd.DataFrame, config: SplitConfig, published: pd.DataFrame | None) -> pd.DataFrame:
+    """The bins with the columns `group` and `split`.
+
+    Args:
+        bins: every usable bin, of any quantity, sorted by id: id, items, phash.
+        config: how they are grouped and divided.
+        published: id, group and split as the publisher of the bins decided them; these hold, whatever the config says.
+    """
+    if published is not None:
+        return bins.merge(published[["id", "group", "split"]], on="id", how="left", validate="one_to_one")
+    from stocktake.data.near_duplicates import group_duplicates
+
+    hashes = np.array([int(text, 16) for text in bins["phash"]], dtype=np.uint64)
+    groups = group_duplicates(
+        bins["id"].tolist(),
+        bins["items"].tolist(),
+        hashes,
+        distance=config.near_duplicate_distance,
+        common_item=config.common_item,
+    )
+    bins = bins.assign(group=groups)
+    keys = bins["group"] if config.by == "group" else bins["id"]
+    split_of = {key: assign_split(key, config.fractions, config.seed) for key in keys.unique()}
+    return bins.assign(split=keys.map(split_of))
 
 
 def assign_split(key: str, fractions: Sequence[float], seed: int) -> Split:

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stocktake.data.images import PhotoError, decode, prepare
+from stocktake.data.images import PhotoError, decode, resize_to_square
 from stocktake.data.manifest import Manifest
-from stocktake.data.source import Source
+from stocktake.data.sources import Source
 from stocktake.data.splits import SPLITS
 from stocktake.evaluation import eda_figures as figures
 from stocktake.evaluation.figures import save
@@ -94,7 +94,7 @@ def explore(manifest: Manifest, *, seed: int, near: int) -> Exploration:
     result.metrics = {
         "eda/bins": len(bins),
         "eda/rejected": len(manifest.rejected),
-        "eda/out_of_range": manifest.outside,
+        "eda/out_of_range": manifest.out_of_range,
         "eda/flagged_share": float((bins["flags"].str.len() > 0).mean()),
     }
     result.tables["flags"], result.tables["rejected"] = flag_table(bins), manifest.rejected.head(_ROWS)
@@ -286,7 +286,7 @@ def _read(source: Source, ids: Sequence[str]) -> Iterator[tuple[str, Pixels]]:
 
     def read(bin_id: str) -> tuple[str, Pixels] | None:
         try:
-            return bin_id, prepare(decode(source.photo(bin_id)), _SIDE)
+            return bin_id, resize_to_square(decode(source.photo(bin_id)), _SIDE)
         except (OSError, PhotoError):
             return None
 

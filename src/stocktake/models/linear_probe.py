@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from stocktake.data.array_cache import ArrayCache
+from stocktake.data.images import PREPROCESSING_VERSION
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
 from stocktake.progress import progress
@@ -37,10 +37,10 @@ def extract_features(
     computes them and the others wait for it.
     """
     fingerprint = backbone_fingerprint(model, precision)
-    cache = ArrayCache(workspace / "cache" / f"features-{fingerprint}", (model.head.in_features,), "float32")
+    cache = ArrayCache(workspace / "cache" / f"features-{fingerprint}.sqlite", (model.head.in_features,), "float32")
     computed = 0
     if cache.missing(hashes):
-        with FileLock(cache.folder / "filling"):
+        with cache.fill_lock():
             computed = _fill(cache, model, photos, hashes, batch_size, precision, device)
     return cache.read(hashes), computed
 
@@ -74,7 +74,9 @@ def _fill(
 def backbone_fingerprint(model: NetworkModel, precision: Precision) -> str:
     """Of the weights, the photo's size and scale, and the number format."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{model.spec.options['backbone']} {model.spec.image_size} {precision.dtype}".encode())
+    digest.update(
+        f"{model.spec.options['backbone']} {model.spec.image_size} {precision.dtype} v{PREPROCESSING_VERSION}".encode()
+    )
     tensors = {**model.backbone.state_dict(), "mean": model.mean, "std": model.std}
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

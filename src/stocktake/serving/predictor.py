@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from stocktake.data.images import FORMATS, PhotoError, decode, prepare
+from stocktake.data.images import FORMATS, PhotoError, decode, resize_to_square
 from stocktake.errors import StocktakeError
 
 NEWEST_FORMAT = 2
@@ -160,7 +160,7 @@ class Predictor:
             PhotoError: it cannot be used.
         """
         check_header(photo)
-        return prepare(decode(photo), self.size)
+        return resize_to_square(decode(photo), self.size)
 
     def prepare_or_error(self, photo: bytes) -> npt.NDArray[np.uint8] | PhotoError:
         """As `prepare`, with the error as the result."""

@@ -1,4 +1,4 @@
-"""Where photos and records come from: a root in the public bucket's layout."""
+"""Where photos and records come from: a folder in the public bucket's layout, a bucket, or a published set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,8 @@ from stocktake.errors import StocktakeError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from stocktake.config import BinsConfig
 
 ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
 PHOTOS, RECORDS = ("bin-images/", ".jpg"), ("metadata/", ".json")
@@ -33,13 +35,13 @@ class Source(Protocol):
     def folder(self) -> Path:
         """Where the photos lie on this machine, as bin-images/<id>.jpg."""
 
-    def decided(self) -> pd.DataFrame | None:
+    def published_splits(self) -> pd.DataFrame | None:
         """id, group and split of every bin, where whoever published the root has decided them."""
 
     def ids(self) -> list[str]:
         """Every id with a photo or a record, sorted."""
 
-    def stamp(self, bin_id: str) -> str:
+    def change_key(self, bin_id: str) -> str:
         """Changes when the photo or the record does; cheap to ask."""
 
     def photo(self, bin_id: str) -> bytes:
@@ -67,8 +69,8 @@ class FolderSource:
         try:
             if not folder.is_dir():
                 raise StocktakeError(f"--root {folder} is not a folder: give one that holds bin-images/ and metadata/")
-            self._photos = dict(_stamps(folder / "bin-images", ".jpg"))
-            self._records = dict(_stamps(folder / "metadata", ".json"))
+            self._photos = dict(_file_versions(folder / "bin-images", ".jpg"))
+            self._records = dict(_file_versions(folder / "metadata", ".json"))
         except OSError as error:
             raise StocktakeError(f"--root {folder} cannot be read: {error}") from None
         if not self._photos and not self._records:
@@ -87,15 +89,15 @@ class FolderSource:
         """The folder."""
         return self._folder
 
-    def decided(self) -> pd.DataFrame | None:
-        """Nobody has decided splits."""
+    def published_splits(self) -> pd.DataFrame | None:
+        """None: a folder has no splits."""
         return None
 
     def ids(self) -> list[str]:
         """Every id with a photo or a record, sorted."""
         return sorted(self._photos.keys() | self._records.keys())
 
-    def stamp(self, bin_id: str) -> str:
+    def change_key(self, bin_id: str) -> str:
         """Sizes and modification times of the two files."""
         return f"{self._photos.get(bin_id)} {self._records.get(bin_id)}"
 
@@ -108,10 +110,28 @@ class FolderSource:
         return _read(self._folder / "metadata" / f"{bin_id}.json", LARGEST_RECORD)
 
 
-def open_source(root: str) -> Source:
-    """The source behind a root."""
+def open_source(root: str, config: BinsConfig, labels: Sequence[int], listed: Sequence[str] | None) -> Source:
+    """The bins of a root; from a bucket, those that the config asks for are downloaded first.
+
+    Args:
+        root: a folder or an address.
+        config: its limit, workspace and S3 settings.
+        labels: the quantities of the task.
+        listed: the ids of --list; None: all.
+
+    Raises:
+        StocktakeError: the root cannot be used.
+    """
+    if root.startswith("s3://"):
+        from stocktake.data.s3_download import open_bucket
+
+        return open_bucket(root, config, labels, listed)
     if "://" in root:
         raise StocktakeError(f"--root {root}: only folders and s3:// can be read; copy the bins to a folder first")
+    from stocktake.data.publish import is_published, open_published_folder
+
+    if is_published(Path(root)):
+        return open_published_folder(Path(root), Path(config.workspace), labels)
     return FolderSource(Path(root))
 
 
@@ -139,11 +159,6 @@ def read_id_list(path: Path) -> list[str]:
     return sorted({entry.stem for entry in entries})
 
 
-def in_order(ids: Iterable[str]) -> list[str]:
-    """Ids as a bucket lists them: by the name of the file, in which a dot follows the id."""
-    return sorted(ids, key=lambda bin_id: f"{bin_id}.")
-
-
 def source_key(root: str) -> str:
     """A folder name for what is remembered about a root."""
     place = root if "://" in root else str(Path(root).resolve())
@@ -151,13 +166,13 @@ def source_key(root: str) -> str:
     return f"{name}-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}"
 
 
-def _read(path: Path, most: int) -> bytes:
+def _read(path: Path, limit: int) -> bytes:
     """The file, or one byte more than a good one has: whoever checks it sees that it is too large."""
     with path.open("rb") as file:
-        return file.read(most + 1)
+        return file.read(limit + 1)
 
 
-def _stamps(folder: Path, suffix: str) -> Iterator[tuple[str, str]]:
+def _file_versions(folder: Path, suffix: str) -> Iterator[tuple[str, str]]:
     if not folder.is_dir():
         return
     with os.scandir(folder) as entries:

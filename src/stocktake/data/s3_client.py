@@ -1,8 +1,7 @@
-"""Objects of an S3 prefix: the one place that knows the client behind it.
+"""Objects of an S3 prefix, by obstore.
 
-The client is obstore (Rust): 6 to 7 times the objects a second of boto3 in 16 threads, for a fifth of the CPU time;
-AWS's Common Runtime came to 4 to 5 times, s5cmd to less than 2 (tests/benchmarks/ingest.py). It lets go of Python's
-lock, so that plain threads are enough.
+obstore (Rust) fetches several times the objects a second of boto3 in 16 threads, for a fraction of the CPU time
+(tests/benchmarks/ingest.py). It lets go of Python's lock, so that plain threads are enough.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocktake.config import S3Config
 from stocktake.errors import StocktakeError
+from stocktake.files import atomic_path
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
     from obstore.store import S3Store
 
 PUBLIC = {"aft-vbi-pds": "us-east-1"}
@@ -33,12 +33,14 @@ _PAGE = 1000
 """Objects a listing request: S3 gives no more."""
 
 
-class UnreachableError(Exception):
-    """An answer that did not come, after every retry; the message says why."""
+class ObjectError(StocktakeError):
+    """An object that could not be read or written."""
 
-
-class RefusedError(Exception):
-    """An object that cannot be had, however often it is asked for; the message is the reason."""
+    def __init__(self, place: str, reason: str, *, is_temporary: bool) -> None:
+        super().__init__(f"{place}: {reason}{'; the same command goes on from here' if is_temporary else ''}")
+        self.reason = reason
+        self.is_temporary = is_temporary
+        """No good answer came, after every retry; otherwise the answer was that it cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,6 @@ class S3Address:
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-
-
-@dataclass(frozen=True)
-class Listed:
-    """An object as a listing names it."""
-
-    key: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -126,110 +120,110 @@ class Bucket:
         except Exception as error:
             raise StocktakeError(f"{option} {address} cannot be opened: {_brief(error)}") from None
 
-    def get_changed(self, key: str, since: datetime | None, *, most: int) -> Fetched | None:
-        """An object's content; None when it has not changed since then. Otherwise as `get`."""
-        import obstore
-
-        try:
-            return self.get(key, most=most, options={"if_modified_since": since} if since else {})
-        except obstore.exceptions.NotModifiedError:
-            return None
-
-    def get(self, key: str, *, most: int, options: GetOptions | None = None) -> Fetched:
+    def get(self, key: str, *, limit: int, since: datetime | None = None) -> Fetched | None:
         """An object's content, of the length that was announced and with the MD5 of its ETag, where that is one.
 
         Args:
             key: below the address.
-            most: a larger object is refused before its content is read.
-            options: of the request.
+            limit: bytes; a larger object is refused before its content is read.
+            since: give None when the object has not changed since then.
 
         Raises:
             FileNotFoundError: there is no such object.
-            RefusedError: too large, not ours to read, or never as its ETag says.
-            UnreachableError: no good answer after every retry.
+            ObjectError: too large, not ours to read, never as its ETag says, or no good answer came.
             StocktakeError: there is no such bucket.
         """
         import obstore
 
         for _ in range(_CORRUPT_ATTEMPTS):
-            with self._asking():
-                answer = obstore.get(self._store, key, options=options)
-                if answer.meta["size"] > most:
-                    raise RefusedError(f"object has {answer.meta['size']} bytes, more than {most}")
+            with self._errors_of(key):
+                try:
+                    answer = obstore.get(self._store, key, options={"if_modified_since": since} if since else {})
+                except obstore.exceptions.NotModifiedError:
+                    return None
+                self._check_size(key, answer.meta["size"], limit)
                 data = answer.bytes().to_bytes()
             md5 = _MD5.fullmatch(answer.meta["e_tag"] or "") if self._verify else None
-            good = len(data) == answer.meta["size"]
-            if good and (md5 is None or hashlib.md5(data, usedforsecurity=False).hexdigest() == md5[1]):
+            if md5 is None or hashlib.md5(data, usedforsecurity=False).hexdigest() == md5[1]:
                 return Fetched(data, answer.meta["last_modified"])
-        raise RefusedError(f"object is never as its checksum says ({_CORRUPT_ATTEMPTS} attempts)")
+        raise self._refused(
+            key,
+            f"never as its checksum says in {_CORRUPT_ATTEMPTS} attempts "
+            "(a bucket encrypted with KMS has no checksums in its ETags: --s3.verify false)",
+        )
 
-    def list(self, prefix: str, after: str = "") -> Iterator[list[Listed]]:
-        """Objects below a prefix ending in `/`, by key, a page at a time; only those after a key.
+    def download(self, key: str, path: Path, *, limit: int) -> None:
+        """Write an object of any size to a file, whole or not at all; errors as `get`, but no checksum is compared."""
+        import obstore
+
+        with self._errors_of(key), atomic_path(path) as temporary:
+            answer = obstore.get(self._store, key)
+            self._check_size(key, answer.meta["size"], limit)
+            with temporary.open("wb") as file:
+                for chunk in answer.stream():
+                    file.write(chunk)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Keys below a prefix ending in `/`, in order.
 
         Raises:
             StocktakeError: the bucket does not exist or does not let itself be listed.
         """
         import obstore
 
-        try:
-            with self._asking():
-                for page in obstore.list(self._store, prefix, offset=after or None, chunk_size=_PAGE):
-                    yield [Listed(one["path"], one["size"]) for one in page]
-        except RefusedError as error:
-            raise StocktakeError(f"{self.option} {self.address} cannot be listed: {error}") from None
-        except UnreachableError as error:
-            raise StocktakeError(f"{self.option} {self.address} cannot be listed: {error}; try again") from None
+        with self._errors_of(f"{prefix}*"):
+            for page in obstore.list(self._store, prefix, chunk_size=_PAGE):
+                yield from (entry["path"] for entry in page)
 
     def holds(self, key: str, data: bytes) -> bool:
         """Whether an object was put with this content (`put` leaves its SHA-256 with it)."""
         import obstore
 
         try:
-            with self._asking():
+            with self._errors_of(key):
                 answer = obstore.get(self._store, key, options={"head": True})
         except FileNotFoundError:
             return False
-        told = dict(answer.attributes).get("sha256")
-        return answer.meta["size"] == len(data) and told == hashlib.sha256(data).hexdigest()
+        sha256 = dict(answer.attributes).get("sha256")
+        return answer.meta["size"] == len(data) and sha256 == hashlib.sha256(data).hexdigest()
 
     def put(self, key: str, data: bytes) -> None:
-        """Upload, with a checksum that the bucket verifies, and look that it is there.
+        """Upload, with a checksum that the bucket verifies.
 
         Raises:
-            RefusedError: not ours to write, or not there afterwards.
-            UnreachableError: no good answer after every retry.
+            ObjectError: not ours to write, or no good answer came.
         """
         import obstore
 
         attributes = {"sha256": hashlib.sha256(data).hexdigest()}
-        with self._asking():
+        with self._errors_of(key):
             obstore.put(self._store, key, data, attributes=attributes, use_multipart=False)
-        if not self.holds(key, data):
-            raise RefusedError("object is not as it was uploaded")
+
+    def _check_size(self, key: str, size: int, limit: int) -> None:
+        if size > limit:
+            raise self._refused(key, f"object has {size} bytes, more than {limit}")
+
+    def _refused(self, key: str, reason: str) -> ObjectError:
+        return ObjectError(f"{self.option} {self.address}: {key}", reason, is_temporary=False)
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        import obstore
+    def _errors_of(self, key: str) -> Iterator[None]:
+        from obstore import exceptions
 
-        errors = obstore.exceptions
         try:
             yield
-        except FileNotFoundError as error:
+        except (FileNotFoundError, exceptions.BaseError) as error:
             if "NoSuchBucket" in str(error):
-                raise self._no_bucket() from None
-            raise
-        except errors.NotModifiedError:
-            raise
-        except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
-            how = "with the credentials found" if self.is_signed else "anonymously (no credentials were found)"
-            raise RefusedError(f"access is denied {how}{_code(error)}") from None
-        except errors.BaseError as error:
-            if "NoSuchBucket" in str(error):
-                raise self._no_bucket() from None
-            raise UnreachableError(_brief(error)) from None
-
-    def _no_bucket(self) -> StocktakeError:
-        return StocktakeError(f"{self.option} {self.address}: there is no bucket {self.address.bucket}")
+                raise StocktakeError(
+                    f"{self.option} {self.address}: there is no bucket {self.address.bucket}"
+                ) from None
+            if isinstance(error, FileNotFoundError):
+                raise
+            if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+                how = "with the credentials found" if self.is_signed else "anonymously (no credentials were found)"
+                raise self._refused(key, f"access is denied {how}{_code(error)}") from None
+            place = f"{self.option} {self.address}: {key}"
+            raise ObjectError(place, _brief(error), is_temporary=True) from None
 
 
 def _region(bucket: str, provider: Any) -> str:
@@ -264,8 +258,3 @@ def _brief(error: Exception) -> str:
 def _code(error: Exception) -> str:
     found = re.search(r"<Code>(\w+)</Code>", str(error))
     return f" ({found[1]})" if found else ""
-
-
-def utc(timestamp: float) -> datetime:
-    """A file's time as an object's."""
-    return datetime.fromtimestamp(timestamp, UTC)

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from stocktake.data.images import LARGEST_FILE, PhotoError, examine
-from stocktake.data.source import FolderSource, open_source, read_id_list, source_key
+from stocktake.config import BinsConfig
+from stocktake.data.images import LARGEST_FILE, PhotoError, decode_validated
+from stocktake.data.sources import FolderSource, Source, read_id_list, source_key
+from stocktake.data.sources import open_source as open_any_source
 from stocktake.errors import StocktakeError
+
+
+def open_source(root: str) -> Source:
+    return open_any_source(root, BinsConfig(), range(1, 6), None)
 
 
 def test_a_folder_is_read_in_the_buckets_layout(tmp_path: Path, make_root: Callable[..., Path]) -> None:
@@ -21,22 +27,22 @@ def test_a_folder_is_read_in_the_buckets_layout(tmp_path: Path, make_root: Calla
     assert source.ids() == ["00001", "00002"]
     assert open_source(source.root).ids() == ["00001", "00002", "lonely"]
     assert json.loads(source.record("00002"))["EXPECTED_QUANTITY"] == 2
-    assert examine(source.photo("00001"))[0].size == (48, 40)
+    assert decode_validated(source.photo("00001"))[0].size == (48, 40)
     with pytest.raises(FileNotFoundError):
         source.photo("lonely")
 
 
-def test_a_stamp_changes_with_either_file(
+def test_a_change_key_changes_with_either_file(
     tmp_path: Path, make_root: Callable[..., Path], bin_photo: Callable[..., bytes]
 ) -> None:
     root = make_root(tmp_path / "root", [1])
-    stamps = [FolderSource(root).stamp("00001")]
+    change_keys = [FolderSource(root).change_key("00001")]
     (root / "bin-images" / "00001.jpg").write_bytes(bin_photo("another"))
-    stamps.append(FolderSource(root).stamp("00001"))
+    change_keys.append(FolderSource(root).change_key("00001"))
     (root / "metadata" / "00001.json").unlink()
-    stamps.append(FolderSource(root).stamp("00001"))
-    assert len(set(stamps)) == 3
-    assert FolderSource(root).stamp("00001") == stamps[-1]
+    change_keys.append(FolderSource(root).change_key("00001"))
+    assert len(set(change_keys)) == 3
+    assert FolderSource(root).change_key("00001") == change_keys[-1]
 
 
 def test_a_huge_file_is_not_read_into_memory(tmp_path: Path, make_root: Callable[..., Path]) -> None:
@@ -46,7 +52,7 @@ def test_a_huge_file_is_not_read_into_memory(tmp_path: Path, make_root: Callable
     data = FolderSource(root).photo("00001")
     assert len(data) <= LARGEST_FILE + 1
     with pytest.raises(PhotoError, match="more than"):
-        examine(data)
+        decode_validated(data)
 
 
 @pytest.mark.parametrize(

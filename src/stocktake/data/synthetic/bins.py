@@ -1,41 +1,20 @@
-"""A root of synthetic bins, in the public bucket's layout: `bin-images/<id>.jpg`, `metadata/<id>.json`.
-
-Made like the real ones in what matters to whoever counts: quantities are distributed as in the public dataset,
-neighbouring ids are often the same bin before and after a pick or a stow, records have the same gaps.
-"""
+"""What the bins of a synthetic root hold, one id after the other: articles, records, and where every item stands."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.random import Generator, SeedSequence, default_rng
-from PIL import Image
 
 from stocktake.config import SyntheticConfig
-from stocktake.data import rendering
-from stocktake.data.rendering import Compartment, Pose, Product
-from stocktake.errors import StocktakeError
-from stocktake.machine import cores
-
-RENDERER = 1  # raise it when the same config draws other photos
-MARKER = "synthetic.json"
-UNFINISHED = "synthetic.unfinished.json"
-POOL_FROM = 200  # fewer photos than this are drawn sooner than a pool starts
+from stocktake.data.synthetic.rendering import Compartment, Pose, Product
 
 # How many of the public dataset's 8,710 bins have this quantity.
 QUANTITIES = (165, 827, 1679, 2029, 1781, 1329, 236, 177, 124, 88, 55, 56, 38, 21, 25, 14)
-# The change of quantity between two looks at one bin, in percent of the public dataset's neighbouring pairs.
+# The change of quantity between two snapshots of one bin, in percent of the public dataset's neighbouring pairs.
 EVENTS = {-1: 52, 1: 28, 2: 8, -2: 6, -3: 3, 3: 3}
 ASPECTS = (1.68, 1.46, 1.35, 1.3, 1.12, 1.05, 0.78, 0.73, 0.6)
 
@@ -90,7 +69,7 @@ class _Bin:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """One id: its record, and its photo to be: the items of the compartment, the farthest first."""
 
     name: str
@@ -101,149 +80,24 @@ class _Plan:
     seed: tuple[int, ...]
 
 
-def make_synthetic_root(
-    folder: Path,
-    config: SyntheticConfig,
-    *,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Path:
-    """Draw `config.count` bins into `folder` unless they are there; a root left half-made is completed.
-
-    The files depend on the config alone, not on `workers` (default: a process a core when there is much to
-    draw). `progress` is told how many photos were written since it was last told.
-
-    Raises:
-        StocktakeError: the folder holds something else, or the seed is negative.
-    """
-    folder = Path(folder)
-    if config.seed < 0:
-        raise StocktakeError(f"--synthetic.seed {config.seed} must be at least 0")
-    stamp = json.dumps({"renderer": RENDERER, "config": asdict(config)}, indent=1) + "\n"
-    if _claim(folder, stamp):
-        return folder
-    missing = []
-    for plan in islice(_plans(config), config.count):
-        _write(folder / "metadata" / f"{plan.name}.json", json.dumps(plan.record).encode())
-        if not _is_whole(folder / "bin-images" / f"{plan.name}.jpg"):
-            missing.append(plan)
-    _draw_all(folder, missing, workers, progress or (lambda _: None))
-    for leftover in folder.glob("**/.*.partial"):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
-    _write(folder / MARKER, stamp.encode())
-    (folder / UNFINISHED).unlink(missing_ok=True)
-    return folder
-
-
-def _claim(folder: Path, stamp: str) -> bool:
-    """Whether the folder is this very root, finished. If not, it is marked as this root, unfinished."""
-    if folder.exists() and not folder.is_dir():
-        raise StocktakeError(f"{folder} is a file: name a folder for the synthetic bins, or remove it")
-    for marker in (folder / MARKER, folder / UNFINISHED):
-        if marker.is_file():
-            if marker.read_text(encoding="utf-8") != stamp:
-                raise StocktakeError(
-                    f"{folder} holds synthetic bins of another configuration ({marker.name}): "
-                    "name another folder, or remove this one to draw them anew"
-                )
-            if marker.name == MARKER:
-                return True
-    if not (folder / UNFINISHED).is_file():
-        if folder.is_dir() and any(file.suffix != ".partial" for file in folder.iterdir()):
-            raise StocktakeError(
-                f"{folder} is not empty and has no {MARKER}: name another folder for the synthetic bins, or empty it"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / UNFINISHED, stamp.encode())
-    for part in ("bin-images", "metadata"):
-        (folder / part).mkdir(exist_ok=True)
-    return False
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Written beside and renamed, so that a file under its own name is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    try:
-        partial.replace(path)
-    except FileNotFoundError:  # another process finished the same root, and swept
-        if not path.is_file():
-            raise
-
-
-def _is_whole(photo: Path) -> bool:
-    """Whether the JPEG file has its beginning and its end: a power cut can leave a renamed file empty."""
-    try:
-        content = photo.read_bytes()
-    except FileNotFoundError:
-        return False
-    return content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9"
-
-
-def _draw_some(folder: Path, plans: list[_Plan]) -> int:
-    for plan in plans:
-        _write(folder / "bin-images" / f"{plan.name}.jpg", _photo(plan))
-    return len(plans)
-
-
-def _draw_all(folder: Path, plans: list[_Plan], workers: int | None, progress: Callable[[int], None]) -> None:
-    if workers is None:
-        workers = cores()
-        workers = workers if len(plans) >= POOL_FROM else 1
-    batches = [plans[k : k + 25] for k in range(0, len(plans), 25)]
-    if workers > 1 and len(batches) > 1:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
-        try:
-            with ProcessPoolExecutor(min(workers, len(batches)), mp_context=context) as pool:
-                for written in pool.map(_draw_some, [folder] * len(batches), list(batches)):
-                    batches.pop(0)
-                    progress(written)
-        except BrokenProcessPool:  # out of memory, or a script without a __main__ guard: go on in this process
-            pass
-    for batch in batches:
-        progress(_draw_some(folder, batch))
-
-
-def _photo(plan: _Plan) -> bytes:
-    """The plan's JPEG file. What stays the same at every look at a bin comes from the compartment's seed."""
-    room = plan.compartment
-    fixed, rng = default_rng(room.seed), default_rng(SeedSequence((*plan.seed, 1)))
-    drawn = min(512, max(64, plan.size))  # what the textures are made for
-    view = rendering.place_camera(room, drawn, fixed, rng)
-    photo = rendering.draw_room(view, fixed)
-    sprites: dict[str, Image.Image] = {}
-    for pose in plan.poses:
-        rendering.draw_item(photo, view, room, pose, sprites)
-    rendering.draw_shade(photo, view, fixed.uniform(0.15, 0.75) * (1 if plan.poses else 0.3))
-    rendering.draw_bands(photo, view, fixed, rng)
-    rendering.draw_label(photo, view, fixed, upper=True)
-    rendering.draw_label(photo, view, fixed, upper=False)
-    photo = rendering.expose(photo, rng)
-    if drawn != plan.size:
-        photo = photo.resize((round(photo.width * plan.size / drawn), round(photo.height * plan.size / drawn)))
-    file = io.BytesIO()
-    photo.save(file, "JPEG", quality=75 if room.square else 81)  # the public photos' own
-    return file.getvalue()
-
-
-def _plans(config: SyntheticConfig) -> Iterator[_Plan]:
+def plans(config: SyntheticConfig) -> Iterator[Plan]:
     """Every id in order, without end. Half of the bins are seen more than once, at neighbouring ids."""
     index = 1
     chain = 0
     while True:
         rng = default_rng(SeedSequence((config.seed, 0, chain)))
         chain += 1
-        looks = int(rng.choice([2, 2, 2, 3, 3, 4])) if rng.random() < 0.28 else 1
+        snapshots = int(rng.choice([2, 2, 2, 3, 3, 4])) if rng.random() < 0.28 else 1
         quantity = _draw(rng, QUANTITIES)
         bin_ = _empty_bin(rng, quantity)
         for _ in range(quantity):
             bin_.stow(rng)
-        for look in range(looks):
-            if look:
+        for snapshot in range(snapshots):
+            if snapshot:
                 _event(bin_, rng)
             seed = (config.seed, 1, index)
             record = _record(bin_, default_rng(SeedSequence(seed)))
-            yield _Plan(f"{index:05d}", record, bin_.compartment, _arrange(bin_), config.size, seed)
+            yield Plan(f"{index:05d}", record, bin_.compartment, _arrange(bin_), config.size, seed)
             index += 1
 
 

@@ -1,0 +1,326 @@
+"""A published set: checked bins with their splits, as webdataset tar shards and one parquet index.
+
+    index.parquet            a row a bin: the manifest's columns, and `shard` and `shard_sha256`
+    train-000000.tar ...     <id>.jpg and <id>.json, by id
+
+The same bins give the same shards, byte for byte. The index goes last: who finds one finds the whole set. A set may
+come from anybody: names, ids, sizes and checksums are verified before anything is written, and nothing of its text is
+used as a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from filelock import FileLock
+from tqdm import tqdm
+
+from stocktake.data.images import LARGEST_FILE
+from stocktake.data.record import LARGEST_RECORD
+from stocktake.data.s3_client import Bucket
+from stocktake.data.sources import ID, FolderSource, Source, source_key
+from stocktake.data.splits import SPLITS
+from stocktake.data.task import parse_task
+from stocktake.errors import StocktakeError
+from stocktake.files import atomic_path
+
+if TYPE_CHECKING:
+    from stocktake.config import DataConfig
+    from stocktake.data.manifest import Manifest
+
+INDEX = "index.parquet"
+LARGEST_INDEX = 500_000_000
+_LARGEST_INDEX_IN_MEMORY = 4_000_000_000
+_LARGEST_SHARD = 4_000_000_000
+_FORMAT = 2
+_METADATA = b"stocktake"
+_PATTERNS = {
+    "id": ID,
+    "group": ID,
+    "split": re.compile("train|val|test"),
+    "shard": re.compile(r"(train|val|test)-\d{6}\.tar"),
+    "shard_sha256": re.compile("[0-9a-f]{64}"),
+}
+"""What a column of the index may hold."""
+_BYTES_PER_MB = 1_000_000
+_AT_A_TIME = 2
+"""Shards that are sent or fetched at a time."""
+_TAR_OVERHEAD = 2 * 1024
+"""Bytes that a tar adds to a bin's two files, at most."""
+
+
+class PublishedSource(FolderSource):
+    """The unpacked bins of a published set, and the splits that its publisher decided."""
+
+    def __init__(self, folder: Path, root: str, index: pd.DataFrame) -> None:
+        super().__init__(folder, root)
+        self._index = index
+
+    def ids(self) -> list[str]:
+        """Every published id, sorted."""
+        return [str(bin_id) for bin_id in self._index["id"]]
+
+    def published_splits(self) -> pd.DataFrame:
+        """id, group and split as published."""
+        return self._index[["id", "group", "split"]]
+
+
+# Publishing -----------------------------------------------------------------------------------------------------------
+
+
+def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[int, int, int]:
+    """Upload the bins of a manifest. What the bucket holds already is not sent again.
+
+    Returns:
+        How many shards there are, their bytes, and how many of them had to be sent.
+
+    Raises:
+        StocktakeError: the bucket cannot be written.
+    """
+    plans: list[tuple[str, pd.DataFrame]] = []
+    for split in SPLITS:
+        rows = manifest.split(split)
+        sizes = [size + _TAR_OVERHEAD for size in rows["bytes"].tolist()]
+        parts = cut(sizes, config.shard_mb * _BYTES_PER_MB)
+        plans += [(f"{split}-{number:06d}.tar", rows.iloc[list(part)]) for number, part in enumerate(parts)]
+
+    def upload(plan: tuple[str, pd.DataFrame]) -> tuple[pd.DataFrame, int, bool]:
+        name, rows = plan
+        try:
+            data = pack(manifest.source, rows["id"])
+        except OSError as error:
+            raise StocktakeError(f"{manifest.source.root} cannot be read: {error}") from None
+        is_new = not bucket.holds(name, data)
+        if is_new:
+            bucket.put(name, data)
+        return rows.assign(shard=name, shard_sha256=hashlib.sha256(data).hexdigest()), len(data), is_new
+
+    tables: list[pd.DataFrame] = []
+    size = sent = 0
+    with (
+        tqdm(total=len(plans), desc="publishing shards", disable=None) as bar,
+        ThreadPoolExecutor(_AT_A_TIME) as threads,
+    ):
+        for table, length, is_new in threads.map(upload, plans):
+            tables.append(table)
+            size += length
+            sent += is_new
+            bar.update()
+    about = {
+        "format": _FORMAT,
+        "task": config.task,
+        "fingerprint": manifest.fingerprint,
+        "source": manifest.source.root,
+        "split": {**vars(config.split), "fractions": list(config.split.fractions)},
+    }
+    bucket.put(INDEX, _to_parquet(pd.concat(tables).sort_values("id", ignore_index=True), about))
+    return len(plans), size, sent
+
+
+def cut(sizes: Sequence[int], limit: int) -> list[range]:
+    """Rows of each shard: in order, together at most so many bytes, though always one row at least."""
+    shards: list[range] = []
+    begin = total = 0
+    for row, size in enumerate(sizes):
+        if row > begin and total + size > limit:
+            shards.append(range(begin, row))
+            begin, total = row, 0
+        total += size
+    return [*shards, range(begin, len(sizes))] if sizes else []
+
+
+def pack(source: Source, ids: Iterable[str]) -> bytes:
+    """A tar of photos and records in this order; nothing in it tells when or by whom it was made."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for bin_id in ids:
+            for suffix, data in (("jpg", source.photo(bin_id)), ("json", source.record(bin_id))):
+                member = tarfile.TarInfo(f"{bin_id}.{suffix}")
+                member.size, member.mode = len(data), 0o444
+                tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def _to_parquet(table: pd.DataFrame, about: dict[str, Any]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = pa.Table.from_pandas(table, preserve_index=False)
+    file = io.BytesIO()
+    pq.write_table(columns.replace_schema_metadata({_METADATA: json.dumps(about, sort_keys=True)}), file)
+    return file.getvalue()
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a published set lies in the folder, and not plain photos."""
+    try:
+        return (folder / INDEX).is_file() and not (folder / "bin-images").is_dir()
+    except OSError:  # a name that no folder can have
+        return False
+
+
+def open_published_folder(folder: Path, workspace: Path, labels: Sequence[int]) -> PublishedSource:
+    """The set that lies in a folder, unpacked once into the workspace.
+
+    Raises:
+        StocktakeError: it is not as published, or does not hold the quantities of the task.
+    """
+    index = (folder / INDEX).read_bytes() if (folder / INDEX).stat().st_size <= LARGEST_INDEX else b""
+
+    def fetch(name: str, unpack: Callable[[Path], None]) -> None:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size > _LARGEST_SHARD:
+            raise StocktakeError(f"--root {folder}: {name} of the published set is missing, or no file of a shard")
+        unpack(path)
+
+    into = workspace / "mirrors" / source_key(str(folder))
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{into}.lock"):
+        return _open(index, str(folder), into, labels, fetch, at_a_time=1)
+
+
+def open_published_prefix(bucket: Bucket, index: bytes, folder: Path, labels: Sequence[int]) -> PublishedSource:
+    """The set published at a bucket's address, downloaded and unpacked once into a folder; the caller holds its lock.
+
+    Raises:
+        StocktakeError: as `open_published_folder`, or the bucket cannot be read.
+    """
+    root = str(bucket.address)
+
+    def fetch(name: str, unpack: Callable[[Path], None]) -> None:
+        path = folder / "shards" / name
+        try:
+            bucket.download(name, path, limit=_LARGEST_SHARD)
+            unpack(path)
+        except FileNotFoundError:
+            raise StocktakeError(f"--root {root}: {name} of the published set is missing: publish it again") from None
+        finally:
+            path.unlink(missing_ok=True)
+
+    return _open(index, root, folder, labels, fetch, at_a_time=_AT_A_TIME)
+
+
+def _open(
+    index_data: bytes,
+    root: str,
+    folder: Path,
+    labels: Sequence[int],
+    fetch: Callable[[str, Callable[[Path], None]], None],
+    at_a_time: int,
+) -> PublishedSource:
+    """Unpack the shards that are not unpacked yet.
+
+    Args:
+        index_data: content of the index.
+        root: where the set lies, as a user would write it.
+        folder: unpacked below it, in a folder named after the index's content.
+        labels: of the task.
+        fetch: calls its second argument with the file of the shard that its first one names.
+        at_a_time: shards.
+    """
+    index, task = read_index(index_data, root)
+    if not set(labels) <= set(parse_task(task)):
+        raise StocktakeError(
+            f"--task {labels[0]}-{labels[-1]}: {root} was published with --task {task}, and holds no other bins"
+        )
+    into = folder / f"published-{hashlib.sha256(index_data).hexdigest()[:16]}"
+    for part in ("bin-images", "metadata", "unpacked"):
+        (into / part).mkdir(parents=True, exist_ok=True)
+
+    def unpack_shard(shard: tuple[str, str]) -> None:
+        name, sha256 = shard
+
+        def verify_and_unpack(path: Path) -> None:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise StocktakeError(f"--root {root}: {name} is not as it was published: publish or copy it again")
+            unpack(path, into, set(index.loc[index["shard"] == name, "id"]))
+
+        fetch(name, verify_and_unpack)
+        (into / "unpacked" / name).touch()
+
+    shards = index[["shard", "shard_sha256"]].drop_duplicates().itertuples(index=False, name=None)
+    todo = [shard for shard in shards if not (into / "unpacked" / shard[0]).exists()]
+    with ThreadPoolExecutor(at_a_time) as threads:
+        list(tqdm(threads.map(unpack_shard, todo), desc="unpacking shards", total=len(todo), disable=None))
+    return PublishedSource(into, root, index)
+
+
+def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str]:
+    """The rows of a published set's index (id, group, split, shard, shard_sha256; sorted by id), and its task.
+
+    Raises:
+        StocktakeError: it is no such index, or a name in it is not as `publish` writes it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def refused(reason: str) -> StocktakeError:
+        return StocktakeError(f"--root {root}: {INDEX} {reason}")
+
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > _LARGEST_INDEX_IN_MEMORY:
+            raise refused("is larger than any index")
+        about = json.loads(file.schema_arrow.metadata[_METADATA])
+        if about["format"] != _FORMAT:
+            raise refused(f"has format {about['format']!r}: publish the set again")
+        index, task = file.read(list(_PATTERNS)).to_pandas(), str(about["task"])
+        strange = [(name, next(_strange(index[name], pattern), None)) for name, pattern in _PATTERNS.items()]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise refused(f"is no index of a published set ({str(error).splitlines()[0][:200]})") from None
+    for name, value in strange:
+        if value is not None:
+            raise refused(f"holds {value}, which is no {name}")
+    if index.empty or index["id"].duplicated().any():
+        raise refused("holds no bin, or a bin twice")
+    if (index["shard"].str.partition("-")[0] != index["split"]).any():
+        raise refused("holds a bin in a shard of another split")
+    if index.groupby("shard")["shard_sha256"].nunique().gt(1).any():
+        raise refused("has two checksums for one shard")
+    try:
+        parse_task(task)
+    except StocktakeError as error:
+        raise refused(f"is of no task: {error}") from None
+    return index.sort_values("id", ignore_index=True), task
+
+
+def _strange(values: pd.Series[Any], pattern: re.Pattern[str]) -> Iterator[str]:
+    return (repr(value) for value in values.unique() if not isinstance(value, str) or not pattern.fullmatch(value))
+
+
+def unpack(shard: Path, folder: Path, ids: set[str]) -> None:
+    """Write the photos and records of an uncompressed tar to bin-images/ and metadata/.
+
+    Raises:
+        StocktakeError: it is no such tar, or it holds anything but one regular file of a bounded size as <id>.jpg and
+            one as <id>.json for each of the ids.
+    """
+    places = {f"{bin_id}.jpg": (folder / "bin-images", LARGEST_FILE) for bin_id in ids}
+    places |= {f"{bin_id}.json": (folder / "metadata", LARGEST_RECORD) for bin_id in ids}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                into, limit = places.pop(member.name, (None, 0))
+                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+                if into is None or content is None or member.size > limit:
+                    raise StocktakeError(f"{shard.name} holds {member.name!r}, which is no photo or record of its bins")
+                with atomic_path(into / member.name) as temporary:
+                    temporary.write_bytes(content.read())
+    except tarfile.TarError as error:
+        raise StocktakeError(f"{shard.name} is no tar: {error}") from None
+    if places:
+        raise StocktakeError(f"{shard.name} lacks {min(places)}: publish the set again")

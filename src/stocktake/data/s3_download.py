@@ -1,0 +1,264 @@
+"""A copy of a bucket's bins on this machine, in the same layout: downloaded once, and gone on with after a kill.
+
+A file that is there is whole: it was checked, and renamed when it was. What cannot be had is remembered with the
+reason; a bucket that does not answer ends the command, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from stocktake.config import BinsConfig
+from stocktake.data.images import LARGEST_FILE, shrink
+from stocktake.data.publish import INDEX, LARGEST_INDEX, open_published_prefix
+from stocktake.data.record import LARGEST_RECORD, RecordError, parse_record
+from stocktake.data.s3_client import PUBLIC, Bucket, ObjectError, S3Address
+from stocktake.data.sources import ID, FolderSource, Source, source_key
+from stocktake.errors import StocktakeError
+from stocktake.files import atomic_path, atomic_write
+
+UNASKED = 20_000
+"""More photos than this are downloaded only when --list or --limit says so: nobody wants 30 GB by mistake."""
+_HOPELESS = 20
+"""So many failures in a row, and it is not the objects."""
+_ROUNDS = 16
+"""Requests of a thread between two looks at what failed."""
+_PHOTOS, _RECORDS = "bin-images/", "metadata/"
+
+
+class DownloadedSource(FolderSource):
+    """The copy, with the reasons for what the bucket refused."""
+
+    def __init__(self, folder: Path, root: str, chosen: Sequence[str] | None, refused: dict[str, str]) -> None:
+        """Look the copy over.
+
+        Args:
+            folder: with the copy.
+            root: the address.
+            chosen: the ids that were asked for by --limit; only these may lack a photo. None: all.
+            refused: key -> reason.
+        """
+        super().__init__(folder, root)
+        self._chosen = chosen
+        self._refused = refused
+
+    def ids(self) -> list[str]:
+        """Every id with a photo or a record, or with one that was refused; sorted."""
+        ids = set(self._photos if self._chosen is not None else super().ids())
+        return sorted(ids | set(self._chosen or ()) | {Path(key).stem for key in self._refused})
+
+    def change_key(self, bin_id: str) -> str:
+        """Changes with the two files, or the reasons for their absence."""
+        reasons = [self._refused[key] for key in _keys(bin_id) if key in self._refused]
+        return " ".join([super().change_key(bin_id), *reasons])
+
+    def photo(self, bin_id: str) -> bytes:
+        """The photo's bytes; OSError with the reason when it was refused."""
+        self._check(_keys(bin_id)[1])
+        return super().photo(bin_id)
+
+    def record(self, bin_id: str) -> bytes:
+        """The record's bytes; OSError with the reason when it was refused."""
+        self._check(_keys(bin_id)[0])
+        return super().record(bin_id)
+
+    def _check(self, key: str) -> None:
+        if key in self._refused:
+            raise OSError(errno.EIO, self._refused[key], key)
+
+
+def open_bucket(root: str, config: BinsConfig, labels: Sequence[int], listed: Sequence[str] | None) -> Source:
+    """The bins below an address, or the set that is published there, downloaded as far as it is not here yet.
+
+    A request that was answered whole is not repeated, and nothing at all is asked of the bucket, until --s3.refresh.
+
+    Raises:
+        StocktakeError: the bucket cannot be read, or holds more than anybody asked for.
+    """
+    address = S3Address.parse(root)
+    folder = _mirror_folder(address, config)
+    with FileLock(f"{folder}.lock"):
+        request = hashlib.blake2b(repr((listed, config.limit, labels)).encode(), digest_size=8).hexdigest()
+        done = folder / "requests" / f"{request}.json"
+        if config.s3.refresh or not done.exists():
+            bucket = Bucket(address, config.s3)
+            if address.bucket not in PUBLIC and (config.s3.refresh or not done.parent.exists()):
+                published = _published_index(bucket)
+                if published is not None:
+                    return open_published_prefix(bucket, published, folder, labels)
+            download = _Download(bucket, config, folder)
+            chosen = download.bins(labels, listed)
+            atomic_write(done, json.dumps({"chosen": chosen, "refused": download.refused}))
+        answered = json.loads(done.read_text())
+        return DownloadedSource(folder, str(address), answered["chosen"], answered["refused"])
+
+
+def _mirror_folder(address: S3Address, config: BinsConfig) -> Path:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    place = f"{address!s}?{endpoint}" if endpoint else str(address)
+    size = f"-short{config.s3.resize}" if config.s3.resize else ""
+    return Path(config.workspace) / "mirrors" / f"{source_key(place)}{size}"
+
+
+def _published_index(bucket: Bucket) -> bytes | None:
+    try:
+        index = bucket.get(INDEX, limit=LARGEST_INDEX)
+    except FileNotFoundError:
+        return None
+    except ObjectError as error:
+        if error.is_temporary:
+            raise
+        return None  # a bucket that may not be listed answers 403 for what is not there
+    return index.data if index else None
+
+
+class _Download:
+    """What one command asks of a bucket, under the lock of its folder."""
+
+    def __init__(self, bucket: Bucket, config: BinsConfig, folder: Path) -> None:
+        self._bucket = bucket
+        self._config = config
+        self._folder = folder
+        self.refused: dict[str, str] = {}
+        """Key -> why the object cannot be had."""
+        for part in (_PHOTOS, _RECORDS):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            for leftover in (folder / part).glob(".*"):  # of a process that was killed
+                leftover.unlink()
+
+    def bins(self, labels: Sequence[int], listed: Sequence[str] | None) -> list[str] | None:
+        """Download what the config asks for; of a limit, the ids."""
+        if self._config.limit is not None:
+            return self._first(labels, listed, self._config.limit)
+        if listed is not None:
+            self._fetch([key for bin_id in listed for key in _keys(bin_id)], "downloading bins")
+        else:
+            self._everything()
+        return None
+
+    def _everything(self) -> None:
+        photos: list[str] = []
+        absent = 0
+        for key in self._listed(_PHOTOS):
+            photos.append(key)
+            absent += not (self._folder / key).exists()
+            if absent > UNASKED:  # known before all of it is listed
+                raise StocktakeError(
+                    f"--root {self._bucket.address} holds more than {UNASKED} photos that are not here yet: say how "
+                    "many bins with --limit N, or which with --list"
+                )
+        keys = [*self._listed(_RECORDS), *photos]
+        if self._config.s3.refresh:  # what the bucket no longer has answers 404, and goes
+            here = [f"{part}{path.name}" for part in (_RECORDS, _PHOTOS) for path in (self._folder / part).iterdir()]
+            keys = list(dict.fromkeys([*keys, *here]))
+        self._fetch(keys, "downloading bins")
+
+    def _first(self, labels: Sequence[int], listed: Sequence[str] | None, limit: int) -> list[str]:
+        """Records in the bucket's order until so many are of the task, then the photos of these."""
+        in_order: Iterator[str]
+        if listed is None:
+            in_order = (Path(key).stem for key in self._listed(_RECORDS))
+        else:
+            in_order = iter(sorted(listed, key=lambda bin_id: f"{bin_id}."))
+        chosen: list[str] = []
+        # of the real bins every second has a quantity from 1 to 5; a block is a round of requests
+        while len(chosen) < limit and (block := list(islice(in_order, max(64, 2 * (limit - len(chosen)))))):
+            self._fetch([_keys(bin_id)[0] for bin_id in block], "downloading records")
+            chosen += [bin_id for bin_id in block if self._quantity(bin_id) in labels]
+        self._fetch([_keys(bin_id)[1] for bin_id in chosen[:limit]], "downloading photos")
+        if not chosen:
+            raise StocktakeError(f"--task {labels[0]}-{labels[-1]} matches no bin of {self._bucket.address}")
+        return chosen[:limit]
+
+    def _quantity(self, bin_id: str) -> int | None:
+        try:
+            return parse_record((self._folder / _keys(bin_id)[0]).read_bytes()).quantity
+        except (OSError, RecordError):
+            return None
+
+    def _listed(self, part: str) -> Iterable[str]:
+        suffix = ".jpg" if part == _PHOTOS else ".json"
+        names = (key.removeprefix(part) for key in self._bucket.list(part))
+        return (f"{part}{name}" for name in names if name.endswith(suffix) and ID.fullmatch(name.removesuffix(suffix)))
+
+    def _fetch(self, keys: Sequence[str], title: str) -> None:
+        """Download what is not here yet.
+
+        Raises:
+            ObjectError: answers did not come, or nothing could be had.
+        """
+        todo = [key for key in keys if self._config.s3.refresh or not (self._folder / key).exists()]
+        failures: dict[str, ObjectError] = {}
+        failures_in_a_row = 0
+        size = count = 0
+        began = time.monotonic()
+        threads = ThreadPoolExecutor(self._config.s3.concurrency)
+        try:
+            with tqdm(total=len(todo), desc=title, disable=None) as bar:
+                step = _ROUNDS * self._config.s3.concurrency
+                for begin in range(0, len(todo), step):
+                    batch = todo[begin : begin + step]
+                    for key, result in zip(batch, threads.map(self._fetch_one, batch), strict=True):
+                        bar.update()
+                        if isinstance(result, ObjectError):
+                            failures[key] = result
+                            failures_in_a_row += 1
+                            if failures_in_a_row >= _HOPELESS:
+                                raise result
+                        else:
+                            failures_in_a_row = 0
+                            size, count = size + result, count + (result > 0)
+        finally:
+            threads.shutdown(cancel_futures=True)
+        for error in failures.values():
+            if error.is_temporary or not (count or self._is_begun()):
+                raise error
+        self.refused |= {key: error.reason for key, error in failures.items()}
+        if count:
+            seconds = time.monotonic() - began
+            place = self._bucket.address
+            print(f"{title}: {count} objects ({size / 1e6:.1f} MB) of {place} in {seconds:.1f} s", flush=True)
+
+    def _fetch_one(self, key: str) -> int | ObjectError:
+        """The bytes downloaded, or why there are none."""
+        path = self._folder / key
+        since = None
+        if self._config.s3.refresh and path.exists():
+            since = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        try:
+            fetched = self._bucket.get(
+                key, limit=LARGEST_FILE if key.startswith(_PHOTOS) else LARGEST_RECORD, since=since
+            )
+        except FileNotFoundError:
+            path.unlink(missing_ok=True)
+            return 0
+        except ObjectError as error:
+            return error
+        if fetched is None:
+            return 0
+        data = fetched.data
+        if self._config.s3.resize and key.startswith(_PHOTOS):
+            data = shrink(data, self._config.s3.resize)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data)
+            os.utime(temporary, (fetched.modified.timestamp(),) * 2)  # what --s3.refresh compares
+        return len(fetched.data)
+
+    def _is_begun(self) -> bool:
+        return any(next((self._folder / part).iterdir(), None) for part in (_PHOTOS, _RECORDS))
+
+
+def _keys(bin_id: str) -> tuple[str, str]:
+    return f"{_RECORDS}{bin_id}.json", f"{_PHOTOS}{bin_id}.jpg"

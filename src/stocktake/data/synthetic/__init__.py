@@ -1,0 +1,1 @@
+"""Synthetic bins: drawn photos and records in the public bucket's layout."""
