@@ -50,7 +50,7 @@ def test_the_leaderboard(capsys: pytest.CaptureFixture[str]) -> None:
     assert "<b>" not in page
     assert page.count("<tr") == 5
     assert 'class="unlike"' in page
-    assert "http" not in page
+    assert "://" not in page
     assert as_markdown(frame).splitlines()[2].startswith("| elsewhere | 0.900 |")
 
 
@@ -71,5 +71,5 @@ def test_nothing_to_compare_is_said() -> None:
         compare(CompareConfig())
     with pytest.raises(StocktakeError, match="'ddp'"):
         compare(CompareConfig(stage="ddp"))
-    with pytest.raises(StocktakeError, match="--best 0"):
-        compare(CompareConfig(best=0))
+    with pytest.raises(StocktakeError, match="best"):
+        CompareConfig(best=0)

@@ -60,7 +60,7 @@ def test_results_lie_where_sagemaker_collects_them(container: Callable[..., Path
     folder = LocalRun.open(run)
     assert folder.state.status == FINISHED
     assert folder.state.attach_run_id == RUN_ID, "it belongs to the run that it was given"
-    assert folder.state.upload.run_id is None, "no server was given"
+    assert folder.run_id is None, "no server was given"
     assert folder.final_metrics()["test/n"] > 0
     assert (base / "model" / "MLmodel").is_file()
     assert (base / "checkpoints" / "runs" / run.name / "run.json").is_file()

@@ -13,7 +13,17 @@ import pytest
 
 from stocktake.commands import ladder as ladder_module
 from stocktake.commands.ladder import ladder, ui_command
-from stocktake.config import HeadConfig, LadderConfig, PcaSvmConfig, TrackingConfig, TrainingConfig
+from stocktake.commands.register import register
+from stocktake.commands.sync import sync
+from stocktake.config import (
+    HeadConfig,
+    LadderConfig,
+    PcaSvmConfig,
+    RegisterConfig,
+    SyncConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 from stocktake.errors import StocktakeError
 from stocktake.tracking.leaderboard import COLUMNS
 from tiny_bins import PLAIN_BACKBONE
@@ -128,10 +138,12 @@ def test_offline_nothing_is_lost(config: LadderConfig, capsys: pytest.CaptureFix
     metrics = ladder(config)
     assert metrics["test/recall_3"] == 1
     out = capsys.readouterr().out
-    assert re.search(r"stocktake sync.*stocktake register --run workspace/runs/majority-\w+", out)
+    (run,) = re.findall(r"stocktake sync.*stocktake register --run (\S+)`", out)
     assert "MLflow UI: stocktake sync, then mlflow ui" in out
     statuses = [json.loads(path.read_text())["status"] for path in Path("workspace/runs").glob("*/result.json")]
     assert statuses == ["FINISHED", "FINISHED"]
+    assert sync(SyncConfig())["uploaded"] == 2
+    assert register(RegisterConfig(run=run)).tags["stage"] == "majority"
 
 
 def test_no_rungs_are_refused(config: LadderConfig) -> None:

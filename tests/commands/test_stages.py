@@ -222,7 +222,7 @@ def test_finetune_goes_on_from_a_run_folder(make_config, sqlite_store: str, monk
     resumed = finetune(replace(config, resume=str(killed)))
     assert resumed.metrics == whole.metrics
     assert resumed.run.run_id != whole.run.run_id
-    assert resumed.run.run_folder.tags["resumed_from"] == str(killed)
+    assert resumed.run.tags["resumed_from"] == str(killed)
     epochs = pd.read_csv(resumed.run.folder / "metrics.csv").query("metric == 'train/loss'")["step"]
     assert list(epochs) == [2]
 

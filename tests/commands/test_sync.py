@@ -56,7 +56,7 @@ def test_results_that_come_home_from_elsewhere(store: str, tmp_path: Path) -> No
     parent, _ = _offline_runs()
     shutil.move(WORKSPACE, tmp_path / "home")
     assert sync(SyncConfig(workspace=str(tmp_path / "home")))["uploaded"] == 2
-    assert LocalRun.open(tmp_path / "home" / "runs" / parent.name).state.upload.uri == store
+    assert LocalRun.open(tmp_path / "home" / "runs" / parent.name).state.uploads.keys() == {store}
 
 
 def test_two_syncs_at_once_upload_once(store: str) -> None:
@@ -76,10 +76,11 @@ def test_a_run_created_by_an_attempt_whose_answer_was_lost_is_found_again(store:
     _, child = _offline_runs()
     sync(SyncConfig())
     folder = LocalRun.open(child)
-    run_id, folder.state.upload.run_id = folder.state.upload.run_id, None
+    run_id = folder.run_id
+    folder.state.uploads.clear()
     folder.save()
     assert sync(SyncConfig())["uploaded"] == 1
-    assert LocalRun.open(child).state.upload.run_id == run_id
+    assert LocalRun.open(child).run_id == run_id
 
 
 DYING = """
@@ -122,8 +123,8 @@ def test_one_broken_folder_does_not_stop_the_others(store: str, capsys: pytest.C
     with pytest.raises(StocktakeError, match="1 of the runs"):
         sync(SyncConfig())
     assert "a-broken: not uploaded" in capsys.readouterr().out
-    assert not LocalRun.open(parent).pending()
-    assert not LocalRun.open(child).pending()
+    assert LocalRun.open(parent).is_uploaded()
+    assert LocalRun.open(child).is_uploaded()
 
 
 def test_another_store_takes_a_child_with_its_parent(store: str, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_another_store_takes_a_child_with_its_parent(store: str, tmp_path: Path)
     client = mlflow.MlflowClient(other)
     runs = client.search_runs([client.get_experiment_by_name("stocktake").experiment_id])
     nested = next(run for run in runs if run.info.run_name == "frozen")
-    assert nested.data.tags["mlflow.parentRunId"] == LocalRun.open(parent).state.upload.run_id
+    assert nested.data.tags["mlflow.parentRunId"] == LocalRun.open(parent).run_id
     assert (nested.data.tags["later"], nested.data.metrics) == ("yes", {"val/macro_f1": 0.3})
 
 

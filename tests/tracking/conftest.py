@@ -1,4 +1,4 @@
-"""A laid-out SQLite store to copy, a real tracking server, and a model folder."""
+"""Fixtures of the rooms that talk to MLflow: an empty SQLite store, a real tracking server, a model folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def laid_out_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See tests/commands/test_sync.py."""
+    """The file of an empty store."""
     return lay_out_store(tmp_path_factory)
 
 

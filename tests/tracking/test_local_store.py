@@ -12,7 +12,7 @@ from stocktake.tracking.local_store import DatasetRecord, LocalRun
 
 @pytest.fixture
 def folder(tmp_path: Path) -> LocalRun:
-    return LocalRun.create(tmp_path / "runs", name="a run/1", experiment="e", tracking_uri=None, registry_uri=None)
+    return LocalRun.create(tmp_path / "runs", name="a run/1", experiment="e", tracking_uri=None)
 
 
 def test_a_folder_reads_back_as_it_was_written(folder: LocalRun) -> None:
@@ -56,9 +56,9 @@ def test_a_torn_line_is_no_point(folder: LocalRun) -> None:
 
 def test_a_folder_is_locked_while_its_run_is_alive(folder: LocalRun) -> None:
     other = LocalRun.open(folder.path)
-    assert not other.lock.try_acquire()
+    assert not other.try_lock()
     folder.release()
-    assert other.lock.try_acquire()
+    assert other.try_lock()
 
 
 @pytest.mark.parametrize("name", ["", "a@b", "../x", "/x", "a//b", "x" * 251, "a\nb"])
@@ -68,7 +68,7 @@ def test_names_that_a_store_refuses_are_refused_at_once(folder: LocalRun, name: 
     assert folder.read_metrics()[0] == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"upload": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"uploads": 3}'])
 def test_a_broken_folder_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(StocktakeError, match=str(tmp_path)):

@@ -1,10 +1,9 @@
-"""Runs that another process began, or ended without a word."""
+"""Runs that another process started, or was killed in."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +19,39 @@ QUIET = TrackingConfig(system_metrics=False)
 WORKSPACE = Path("workspace")
 
 
-def _dies_in_a_run(parent: Path, ready: Any) -> None:
-    with start_run(QUIET, workspace=WORKSPACE, name="trial", tags={"stage": "trial"}, parent=parent) as run:
-        run.log_params({"lr": 0.1})
-        run.log_metrics({"val/macro_f1": 0.25}, step=1)
-        run.flush()
-        ready.send(str(run.folder))
-        signal.pause()
+IN_A_RUN = """
+import signal, sys
+from pathlib import Path
+from stocktake.config import TrackingConfig
+from stocktake.tracking.runs import start_run
+quiet = TrackingConfig(system_metrics=False)
+tags = {"stage": "trial"}
+with start_run(quiet, workspace=Path("workspace"), name="trial", tags=tags, parent=Path(sys.argv[1])) as run:
+    run.log_params({"lr": 0.1})
+    run.log_metrics({"val/macro_f1": 0.25}, step=1)
+    run.flush()
+    print(run.folder, flush=True)
+    signal.pause()
+"""
 
 
 def _killed_child(parent: Path) -> Path:
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_dies_in_a_run, args=(parent, sender))
-    process.start()
-    assert receiver.poll(60)
-    folder = Path(receiver.recv())
-    with pytest.raises(StocktakeError, match=f"still written by process {process.pid}"):
+    process = subprocess.Popen([sys.executable, "-c", IN_A_RUN, str(parent)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    folder = Path(process.stdout.readline().strip())
+    with pytest.raises(StocktakeError, match=f"process {process.pid}"):
         LocalRun.reopen(folder)
     assert not end_run(folder, QUIET, status=FAILED, reason="it is alive")
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
+    process.kill()
+    process.wait()
+    process.stdout.close()
     return folder
 
 
 def test_a_child_of_another_process_is_ended_and_gone_on_with_in_the_same_run(client: Any) -> None:
     with start_run(QUIET, workspace=WORKSPACE, name="tune", tags={}) as parent:
         folder = _killed_child(parent.folder)
-        run_id = LocalRun.open(folder).state.upload.run_id
+        run_id = LocalRun.open(folder).run_id
         assert client.get_run(run_id).info.status == "RUNNING"
         assert client.get_run(run_id).data.tags["mlflow.parentRunId"] == parent.run_id
 
@@ -66,7 +71,7 @@ def test_a_child_of_another_process_is_ended_and_gone_on_with_in_the_same_run(cl
         assert "failure" not in stored.data.tags
         history = client.get_metric_history(run_id, "val/macro_f1")
         assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5)]
-        assert not again.run_folder.pending()
+        assert again.local.is_uploaded()
         assert not end_run(folder, QUIET, status=FAILED, reason="it has finished")
         assert client.get_run(run_id).info.status == "FINISHED"
 
@@ -79,7 +84,7 @@ def test_a_run_is_ended_on_disk_when_the_store_is_away(client: Any) -> None:
     away = TrackingConfig(uri="http://127.0.0.1:9")
     assert end_run(run.folder, away, status=FAILED, reason="gone")
     assert LocalRun.open(run.folder).state.status == "FAILED"
-    assert "status" in LocalRun.open(run.folder).pending()
+    assert not LocalRun.open(run.folder).is_uploaded()
 
 
 def test_the_run_that_mlflow_opened_says_where_it_goes_on(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,4 +94,4 @@ def test_the_run_that_mlflow_opened_says_where_it_goes_on(client: Any, monkeypat
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
     with start_run(QUIET, workspace=WORKSPACE, name="a", tags={}, reopen=run.folder) as again:
         assert again.run_id == run.run_id
-    assert client.get_run(opened.info.run_id).data.tags["stocktake.goes_on_in"] == run.run_id
+    assert client.get_run(opened.info.run_id).data.tags["stocktake.continued_in"] == run.run_id

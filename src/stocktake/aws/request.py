@@ -13,13 +13,14 @@ from typing import Any
 from stocktake.aws.parameters import Parameters
 from stocktake.aws.settings import JobSettings
 from stocktake.errors import StocktakeError
+from stocktake.tracking.attached_run import VARIABLE
 
 PREFIX = "stocktake-"
 """Begins the names of our jobs."""
 TUNING_NAME = rf"{PREFIX}tune-\d{{6}}-\d{{6}}-[0-9a-f]{{3}}"
 """Tuning jobs' names; those of their training jobs go on with a hyphen and a number."""
 BINS, CODE, FILES = "bins", "code", "files"
-ROOT, RUN = "STOCKTAKE_ROOT", "MLFLOW_RUN_ID"
+ROOT, RUN = "STOCKTAKE_ROOT", VARIABLE
 GIVEN = {"root": ROOT, "list": "STOCKTAKE_LIST", "weights": "STOCKTAKE_WEIGHTS"}
 """Settings that are paths, and the variables by which a job knows them as whoever has started it does."""
 HOSTS = "STOCKTAKE_HOSTS"

@@ -6,7 +6,6 @@ output, or, where it was killed before it could write that, with its last checkp
 
 from __future__ import annotations
 
-import os
 import shutil
 import tarfile
 import tempfile
@@ -22,14 +21,15 @@ from stocktake.aws.prices import Prices, told
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.locks import FileLock
+from stocktake.redaction import without_credentials
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
+from stocktake.tracking.known_stores import add_known_store
 from stocktake.tracking.local_store import FAILED, FINISHED, KILLED, RUNNING, LocalRun
-from stocktake.tracking.sync import upload_backlog
+from stocktake.tracking.sync import sync_runs
 
 LIVE, WITH_OUTPUT = "live", "with the job's output"
 RUNS = "runs"
-_ARCHIVE_PRECISION = 1_000_000_000  # nanoseconds
 RUN_STATES = {COMPLETED: FINISHED, JOB_FAILED: FAILED}
 
 
@@ -84,12 +84,13 @@ def collect_results(
         staging = Path(temporary)
         for name in _fetch(aws, job, staging):
             folder = LocalRun.open(staging / name)
-            _restore_times(folder)
+            folder.state.tracking_uri = without_credentials(resolve(tracking).tracking)
+            folder.save()
             if folder.state.attach_run_id is None and folder.state.parent is None:
                 folder.state.attach_run_id = run_id
                 folder.save()
             if folder.state.attach_run_id == run_id:
-                how = WITH_OUTPUT if folder.pending() else how or LIVE
+                how = WITH_OUTPUT if not folder.is_uploaded() else how or LIVE
                 if folder.state.status == RUNNING and status != FINISHED:  # killed before it could write its end
                     folder.finish(status, _why(job))
                 folder.set_tags(tags | {"arrived": how} | ({} if status == FINISHED else {"failure": _why(job)}))
@@ -97,7 +98,8 @@ def collect_results(
             if (runs / name).exists():  # brought home before
                 shutil.rmtree(staging / name)
             folders.append(runs / name)
-        counts = upload_backlog(staging, tracking, lambda line: None if "uploaded tags to" in line else say(line))
+        add_known_store(staging, without_credentials(resolve(tracking).tracking))
+        counts = sync_runs(staging, tracking, say)
         for path in sorted(staging.iterdir()):
             if not path.name.startswith("."):
                 path.rename(runs / path.name)
@@ -153,22 +155,6 @@ def _fetch(aws: Aws, job: Job, staging: Path) -> list[str]:
     if not _run_folders(staging):
         _fetch_checkpoints(aws, job, staging)
     return _run_folders(staging)
-
-
-def _restore_times(folder: LocalRun) -> None:
-    """Give files the times that the upload knows them by: archives keep whole seconds only.
-
-    Otherwise everything that the job has logged itself would count as changed, and be uploaded once more.
-    """
-    upload = folder.state.upload
-    known = {folder.path / "artifacts" / name: stamp for name, stamp in upload.artifacts.items()}
-    for model, entry in upload.models.items():
-        known |= {folder.path / "models" / model / name: stamp for name, stamp in entry.files.items()}
-    for path, (size, nanoseconds) in known.items():
-        if path.is_file():
-            found = path.stat()
-            if found.st_size == size and abs(found.st_mtime_ns - nanoseconds) <= _ARCHIVE_PRECISION:
-                os.utime(path, ns=(nanoseconds, nanoseconds))
 
 
 def _fetch_checkpoints(aws: Aws, job: Job, staging: Path) -> None:

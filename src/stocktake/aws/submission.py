@@ -20,7 +20,7 @@ from stocktake.aws.tuning_request import tuning_job, tuning_name
 from stocktake.aws.tuning_watch import search_tags
 from stocktake.aws.watch import say
 from stocktake.errors import StocktakeError
-from stocktake.tracking.addresses import redact, without_credentials
+from stocktake.redaction import redact, without_credentials
 
 
 @dataclass(frozen=True)

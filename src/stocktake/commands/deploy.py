@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -42,7 +41,6 @@ def deploy(config: DeployConfig) -> dict[str, float]:
     Raises:
         StocktakeError: no such model, a bad setting, it did not come up, or the comparison failed.
     """
-    os.environ.pop("MLFLOW_RUN_ID", None)  # a deployment is no run
     settings = server_settings(config.settings, config.server)
     photos = smoke_photos(config)
     before = next((each for each in endpoints.list_endpoints() if each.name == config.name), None)

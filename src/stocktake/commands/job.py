@@ -35,6 +35,7 @@ from stocktake.aws.request import BINS, HOSTS
 from stocktake.config import DdpConfig, JobConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import resolve
+from stocktake.tracking.attached_run import attached_run_id
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.local_store import FINISHED, LocalRun
 
@@ -107,7 +108,7 @@ def unfinished_run(runs: Path) -> Path | None:
             continue
         if (path.parent / "checkpoints" / "last.ckpt").is_file():
             found = path.parent
-        elif folder.state.attach_run_id == os.environ.get("MLFLOW_RUN_ID"):
+        elif folder.state.attach_run_id == attached_run_id():
             shutil.rmtree(path.parent)  # interrupted before its first checkpoint: nothing in it is worth a second run
     return found
 
@@ -235,15 +236,15 @@ def _variables(machines: Machines) -> dict[str, str]:
 
 def _tracking_trouble() -> str | None:
     """Why the run cannot be logged while the job runs; None if it can."""
-    from stocktake.tracking.uploader import holds_run
+    from stocktake.tracking.uploader import get_run
 
-    uri, run_id = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
+    uri, run_id = os.environ.get("MLFLOW_TRACKING_URI"), attached_run_id()
     if not uri:
         return "no tracking server"
     try:
         connection = Connection(resolve(TrackingConfig(uri=uri)))
         connection.open()
-        if run_id and not holds_run(connection, run_id):
+        if run_id and get_run(connection, run_id) is None:
             return f"the tracking server {connection.shown} does not have the run {run_id}"
     except Exception as error:  # whatever it is, training goes on without
         return brief(error)

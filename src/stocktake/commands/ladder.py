@@ -45,7 +45,7 @@ def ladder(config: LadderConfig) -> dict[str, float]:
             score = rung.metrics["val/macro_f1"]
             print(f"{stage}: val/macro_f1 {score:.3f} in {time.monotonic() - began:.0f} s", flush=True)
         best = max(finished, key=lambda rung: rung.metrics["val/macro_f1"])
-        table = leaderboard(finished, config.task, prepared.manifest.fingerprint, run.run_folder.state.name)
+        table = leaderboard(finished, config.task, prepared.manifest.fingerprint, run.name)
         run.log_metrics({name: best.metrics[name] for name in best.metrics})
         run.set_tags({"best": best.stage, "mlflow.note.content": as_markdown(table)})
         table.to_csv(run.artifacts / "leaderboard.csv", index=False)
@@ -54,7 +54,7 @@ def ladder(config: LadderConfig) -> dict[str, float]:
     print()
     register_candidate(config.tracking, best.run.folder, Path(config.workspace))
     print(f"results on disk: {run.folder}")
-    print(f"MLflow UI: {ui_command(run.run_folder.state.tracking_uri)}", flush=True)
+    print(f"MLflow UI: {ui_command(run.tracking_uri)}", flush=True)
     return best.metrics
 
 
@@ -65,7 +65,7 @@ def leaderboard(rungs: list[StageResult], task: str, fingerprint: str, parent: s
         metrics = rung.metrics
         row: dict[str, Any] = {column: metrics.get(column, math.nan) for column in COLUMNS}
         row |= {
-            "run": rung.run.run_folder.state.name,
+            "run": rung.run.name,
             "stage": rung.stage,
             "task": task,
             "backbone": rung.backbone or "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -56,7 +55,6 @@ def predict(config: PredictConfig) -> list[Row]:
     Raises:
         StocktakeError: nothing to count, no such model or endpoint, or not one photo could be counted.
     """
-    os.environ.pop("MLFLOW_RUN_ID", None)  # an answer is no run
     photos = find_photos(list(config.photos))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="stocktake-predict-") as temporary:

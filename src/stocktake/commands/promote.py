@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -51,7 +50,6 @@ def promote(config: PromoteConfig) -> GateResult | None:
         ChampionMovedError: somebody else promotes or rolls back.
         StocktakeError: no such version, or it is the champion.
     """
-    os.environ.pop("MLFLOW_RUN_ID", None)  # a promotion is no run
     registry, workspace = ModelRegistry(config.tracking), Path(config.workspace)
     with registry.opened():
         version = registry.version(config.version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from stocktake.config import RegisterConfig
@@ -18,7 +17,6 @@ def register(config: RegisterConfig) -> Version:
     Raises:
         StocktakeError: no such run, it has not finished, or has no model.
     """
-    os.environ.pop("MLFLOW_RUN_ID", None)  # a registration is no run
     if not config.run:
         raise StocktakeError("--run is missing: give the id, the name or the folder of a finished run")
     registry, workspace = ModelRegistry(config.tracking), Path(config.workspace)

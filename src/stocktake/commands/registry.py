@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -25,7 +24,6 @@ def registry(config: RegistryConfig) -> dict[str, Any]:
     Raises:
         StocktakeError: there is no such registered model, naming those that exist.
     """
-    os.environ.pop("MLFLOW_RUN_ID", None)  # no run is attached to
     models = ModelRegistry(config.tracking)
     with models.opened():
         rows = [_row(models, version) for version in models.versions()]

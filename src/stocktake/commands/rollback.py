@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from stocktake.config import RollbackConfig
@@ -21,7 +20,6 @@ def rollback(config: RollbackConfig) -> Event:
         StocktakeError: there is no champion, or none before it.
         ChampionMovedError: somebody else promotes or rolls back.
     """
-    os.environ.pop("MLFLOW_RUN_ID", None)  # a rollback is no run
     registry = ModelRegistry(config.tracking)
     with registry.opened():
         before, champion, event = roll_back(registry, config.reason)

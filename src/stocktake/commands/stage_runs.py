@@ -33,6 +33,7 @@ from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import pick_device, predict
 from stocktake.serving.predictor import FOLDER
+from stocktake.tracking.attached_run import attached_run_id, take_attached_run_id
 from stocktake.tracking.local_store import FINISHED, DatasetRecord, LocalRun
 from stocktake.tracking.runs import NullRun, TrackedRun, start_run
 from stocktake.tracking.sync import end_run
@@ -137,7 +138,7 @@ def own_run(
     """
     workspace = Path(config.workspace)
     if not distributed.is_rank_zero():
-        os.environ.pop("MLFLOW_RUN_ID", None)
+        take_attached_run_id()
         yield cast("TrackedRun", NullRun(workspace))  # what it lacks of a TrackedRun is asked of rank 0 only
         return
     job, restarts = distributed.job_id(), distributed.world_from_env().restarts
@@ -154,7 +155,7 @@ def own_run(
 
 def _same_run(resume: str | None) -> Path | None:
     """The folder to resume, if it is of the MLflow run that this process was given: an interrupted job goes on."""
-    run_id = os.environ.get("MLFLOW_RUN_ID")
+    run_id = attached_run_id()
     if resume is None or not run_id or not (Path(resume) / "run.json").is_file():
         return None
     return Path(resume) if LocalRun.open(Path(resume)).state.attach_run_id == run_id else None
@@ -302,7 +303,7 @@ def evaluate_split(
         prepared.manifest.split(split),
         model.spec.labels,
         split,
-        title=f"{run.run_folder.tags['stage']}, {split} split",
+        title=f"{run.tags['stage']}, {split} split",
         calibration=calibration,
         seed=config.seed,
     )

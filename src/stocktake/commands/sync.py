@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from stocktake.config import SyncConfig
@@ -10,7 +9,7 @@ from stocktake.errors import StocktakeError
 
 
 def sync(config: SyncConfig) -> dict[str, int]:
-    """Upload every run folder of the workspace with something pending, and print a line for each.
+    """Upload every run folder of the workspace that no store has in full, and print a line for each.
 
     Returns:
         How many runs were `uploaded`, are still `running`, and were `complete` already; `pending` is 0.
@@ -18,14 +17,12 @@ def sync(config: SyncConfig) -> dict[str, int]:
     Raises:
         StocktakeError: there is no workspace, or something is still pending.
     """
-    from stocktake.tracking.sync import upload_backlog
+    from stocktake.tracking.sync import sync_runs
 
     workspace = Path(config.workspace)
     if not workspace.is_dir():
         raise StocktakeError(f"there is no workspace {workspace}: name the folder of the runs with --workspace")
-    # `mlflow run` opens a run for the command; that run is none of those on disk.
-    os.environ.pop("MLFLOW_RUN_ID", None)
-    counts = upload_backlog(workspace / "runs", config.tracking, print)
+    counts = sync_runs(workspace / "runs", config.tracking, print)
     if counts["pending"]:
         raise StocktakeError(
             f"{counts['pending']} of the runs in {workspace / 'runs'} could not be uploaded (see above):"

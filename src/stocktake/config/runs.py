@@ -87,7 +87,7 @@ class CompareConfig(Settings):
     """Folder for leaderboard.html and leaderboard.csv. Default: WORKSPACE/compare."""
     stage: str | None = None
     """Only runs of this stage: majority, classical, frozen, finetune, ..."""
-    best: int = 50
+    best: Annotated[int, Field(ge=1)] = 50
     """How many runs to show at most, best val/macro_f1 first."""
 
 

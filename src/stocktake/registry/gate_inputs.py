@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from stocktake.config import BinsConfig, TrackingConfig
 from stocktake.config.parser import option_names
 from stocktake.evaluation.evaluation import FOLDER
+from stocktake.redaction import without_credentials
 from stocktake.registry.gate import Reference
 from stocktake.registry.versions import ModelRegistry, Version
-from stocktake.tracking.addresses import without_credentials
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -38,13 +38,13 @@ def fetch_model(uri: str, destination: Path, tracking: TrackingConfig | None = N
         return folder
     if destination.exists() and any(destination.iterdir()) and not (destination / "MLmodel").is_file():
         raise StocktakeError(f"{destination} holds something that is no model: choose another folder")
-    connection = Connection(resolve(tracking or TrackingConfig()), request_seconds=60)
+    connection = Connection(resolve(tracking or TrackingConfig()))
     connection.open()
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".model-") as temporary, connection.bounded():
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".model-") as temporary:
         stores = connection.stores
         try:
             model = download_artifacts(
@@ -75,19 +75,18 @@ def resolve_alias(uri: str, tracking: TrackingConfig) -> str:
     is_latest = name.endswith("/latest")
     if not uri.startswith("models:/") or not (mark or is_latest):
         return uri
-    connection = Connection(resolve(tracking), request_seconds=60)
+    connection = Connection(resolve(tracking))
     connection.open()
     from mlflow.exceptions import MlflowException
 
-    with connection.bounded():
-        if is_latest:
-            name = name.removesuffix("/latest")
-            numbers = version_numbers(connection.client, name)
-            return f"models:/{name}/{numbers[-1]}" if numbers else uri
-        try:
-            return f"models:/{name}/{connection.client.get_model_version_by_alias(name, alias).version}"
-        except MlflowException:
-            return uri
+    if is_latest:
+        name = name.removesuffix("/latest")
+        numbers = version_numbers(connection.client, name)
+        return f"models:/{name}/{numbers[-1]}" if numbers else uri
+    try:
+        return f"models:/{name}/{connection.client.get_model_version_by_alias(name, alias).version}"
+    except MlflowException:
+        return uri
 
 
 def version_label(address: str) -> str | None:

@@ -130,8 +130,8 @@ def _uploaded(path: Path, runs: Path) -> str:
     folder = LocalRun.open(path)
     if folder.state.status == RUNNING:
         raise StocktakeError(f"{path} has not finished: register a run that has")
-    run_id = folder.state.upload.run_id
-    if run_id is None or folder.pending():
+    run_id = folder.run_id
+    if run_id is None or not folder.is_uploaded():
         raise StocktakeError(
             f"{path} is not in the store in full: `stocktake sync --workspace {runs.parent}` uploads it"
         )

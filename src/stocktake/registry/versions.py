@@ -53,7 +53,7 @@ class ModelRegistry:
     def __init__(self, tracking: TrackingConfig) -> None:
         self.tracking = tracking
         self.name = tracking.model_name
-        self.connection = Connection(resolve(tracking), request_seconds=60)
+        self.connection = Connection(resolve(tracking))
 
     @property
     def client(self) -> Any:
@@ -72,11 +72,10 @@ class ModelRegistry:
         self.connection.open()
         from mlflow.exceptions import MlflowException
 
-        with self.connection.bounded():
-            try:
-                yield self
-            except MlflowException as error:
-                raise StocktakeError(f"{self.connection.shown}: {brief(error)}") from error
+        try:
+            yield self
+        except MlflowException as error:
+            raise StocktakeError(f"{self.connection.shown}: {brief(error)}") from error
 
     def registered(self) -> Any:
         """Return MLflow's registered model, which has the aliases and the tags.

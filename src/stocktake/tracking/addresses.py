@@ -1,4 +1,4 @@
-"""Which store a run goes to, and how an address is shown without the secrets in it."""
+"""Which store a run goes to."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ from urllib.parse import urlsplit
 
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
+from stocktake.redaction import redact
 
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
-_SECRET_QUERY = re.compile(r"(?i)([?&;](?:password|passwd|pwd|token|api_?key|secret|sig)=)[^&;\s]+")
 _SQLITE = "sqlite:///"
 _MANAGED = re.compile(r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-(tracking-server|app)/[\w.-]+")
-
-
-def redact(text: str) -> str:
-    """The text with user names, passwords and tokens inside any URI replaced by `***`."""
-    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
-
-
-def without_credentials(uri: str) -> str:
-    """The URI as it may be kept on disk: without user name, password and tokens.
-
-    What is left can be used with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
-    """
-    return re.sub(_SECRET_QUERY, "", re.sub(_USERINFO, "", uri))
 
 
 def is_http(uri: str) -> bool:
@@ -69,7 +55,7 @@ def absolute(uri: str) -> str:
     if uri.startswith("sqlite:"):
         path, mark, query = uri.removeprefix(_SQLITE).partition("?")
         if not uri.startswith(_SQLITE) or path in ("", ":memory:"):
-            raise StocktakeError(f"{uri} keeps nothing: give the database a file, as in sqlite:///mlflow.db")
+            raise StocktakeError(f"{redact(uri)} keeps nothing: give the database a file, as in sqlite:///mlflow.db")
         return _SQLITE + str(_from_here(path)) + mark + query
     if uri.startswith("file:"):
         return _from_here(re.sub("^file:(//(localhost)?)?", "", uri)).as_uri()

@@ -1,27 +1,31 @@
-"""The way to one MLflow store: a client whose waits are bounded, and a memory of when it last failed."""
+"""MLflow's client of one store, with requests that end soon when a server does not answer."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from filelock import FileLock
+
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
-from stocktake.tracking.addresses import Stores, is_http, is_managed, redact, sqlite_file
+from stocktake.redaction import redact
+from stocktake.tracking.addresses import Stores, is_http, is_managed, sqlite_file
 
 PROBE_SECONDS = 3
-"""How long a server may take to say that it is there, once it has failed."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds between attempts while a server is away
+"""How long a server may take to answer a health check."""
 
+_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow prints credentials in it
+}
 _QUIET = (
     "alembic",
     "mlflow.store.db.utils",
@@ -31,21 +35,31 @@ _QUIET = (
 )
 
 
+def request_limits() -> None:
+    """Let MLflow's requests in this process end soon, and silence its chatter. What the user has set stays."""
+    for name, value in _LIMITS.items():
+        os.environ.setdefault(name, value)
+    for logger in _QUIET:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+@contextmanager
+def no_retries() -> Iterator[None]:
+    """Send what the block creates once: a server that is slow to answer would otherwise create it twice."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before, os.environ[name] = os.environ.get(name, _LIMITS[name]), "0"
+    try:
+        yield
+    finally:
+        os.environ[name] = before
+
+
 class Connection:
-    """A store and its registry.
+    """A tracking store and its registry."""
 
-    A run calls it between steps of training, so a store that is away may cost one request timeout, and from then
-    on `PROBE_SECONDS` at doubling distances: less than a minute a day.
-    """
-
-    def __init__(self, stores: Stores, *, request_seconds: int = 10) -> None:
+    def __init__(self, stores: Stores) -> None:
         self.stores = stores
-        self.request_seconds = request_seconds
         self._client: Any = None
-        self._pause = 0.0
-        self._next_attempt = 0.0
-        self._warned = False
-        self._bounds: set[str] = set()
 
     @property
     def shown(self) -> str:
@@ -54,22 +68,33 @@ class Connection:
 
     @property
     def client(self) -> Any:
-        """MLflow's client. The first use imports MLflow and lays out a fresh SQLite store."""
+        """MLflow's client. The first use imports MLflow and creates the tables of a fresh SQLite store."""
+        request_limits()
         if self._client is None:
             import mlflow
 
-            with (
-                self.bounded(),
-                _alone_with(self.stores),
-                _addresses_kept(),
-            ):
-                mlflow.set_registry_uri(self.stores.registry)
-                mlflow.set_tracking_uri(self.stores.tracking)
+            with _store_locks(self.stores):
+                self.use()
                 client = mlflow.MlflowClient(self.stores.tracking, self.stores.registry)
                 if sqlite_file(self.stores.registry):
                     client.search_registered_models(max_results=1)  # opens it, as the client opened the other
             self._client = client
+        if is_managed(self.stores.tracking):
+            self.use()
         return self._client
+
+    def use(self) -> None:
+        """Make it the store of MLflow's own functions, and of the plugin that signs requests to SageMaker."""
+        import mlflow
+
+        # MLflow writes the addresses into the environment, where the next command would take them for the user's.
+        before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+        mlflow.set_registry_uri(self.stores.registry)
+        mlflow.set_tracking_uri(self.stores.tracking)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
     def open(self) -> None:
         """Make sure that the store is there.
@@ -79,110 +104,42 @@ class Connection:
         if is_managed(self.stores.tracking) and importlib.util.find_spec("sagemaker_mlflow") is None:
             raise StocktakeError(f"{self.shown} needs sagemaker-mlflow: pip install 'stocktake[aws]'")
         ways_out = "correct --tracking.uri, or pass --tracking.offline true and run `stocktake sync` later"
-        if (trouble := self.trouble(timeout=5)) is not None:
-            raise StocktakeError(f"the tracking server {self.shown} does not answer ({trouble}): start it, {ways_out}")
+        if (reason := self.health_check(timeout=5)) is not None:
+            raise StocktakeError(f"the tracking server {self.shown} does not answer ({reason}): start it, {ways_out}")
         try:
-            with self.bounded():
-                self.client.search_experiments(max_results=1)
+            self.client.search_experiments(max_results=1)
         except Exception as error:
             raise StocktakeError(f"cannot use the tracking store {self.shown} ({brief(error)}): {ways_out}") from error
 
-    def trouble(self, timeout: float = PROBE_SECONDS) -> str | None:
+    def bounded(self) -> AbstractContextManager[None]:
+        """Nothing any more: the limits hold for all requests of the process."""
+        return nullcontext()
+
+    def health_check(self, timeout: float = PROBE_SECONDS) -> str | None:
         """Why the server does not answer; None if it does, whatever it says, and for a store without a server."""
         if not (is_http(self.stores.tracking) or is_managed(self.stores.tracking)):
             return None
         from mlflow.utils.rest_utils import http_request
 
+        request_limits()
         try:
-            with self.bounded():
-                http_request(  # type: ignore[no-untyped-call]
-                    self._host(), "/health", "GET", max_retries=0, timeout=timeout, raise_on_status=False
-                )
+            http_request(  # type: ignore[no-untyped-call]
+                self._host(), "/health", "GET", max_retries=0, timeout=timeout, raise_on_status=False
+            )
         except Exception as error:
-            return _cause(error)
+            return _root_cause(error)
         return None
 
     def _host(self) -> Any:
-        """The server's address and how to ask it, in MLflow's words."""
+        """The server's address and credentials, as MLflow's HTTP client takes them."""
         if is_managed(self.stores.tracking):
             from sagemaker_mlflow.host_creds import get_host_creds
 
-            _ = self.client
-            self._be_signed_for()
+            self.use()
             return get_host_creds(self.stores.tracking)
         from mlflow.utils.credentials import get_default_host_creds
 
         return get_default_host_creds(self.stores.tracking)  # type: ignore[no-untyped-call]
-
-    def _be_signed_for(self) -> None:
-        """The plugin signs requests for the address that MLflow was given last."""
-        import mlflow
-
-        with _addresses_kept():
-            mlflow.set_tracking_uri(self.stores.tracking)
-
-    def due(self) -> bool:
-        """Whether to try now: the store is well, or it is time to look again and it is back."""
-        if not self._pause:
-            return True
-        if time.monotonic() < self._next_attempt:
-            return False
-        if self.trouble() is not None:
-            self.failed()
-            return False
-        return True
-
-    def succeeded(self) -> None:
-        """The store is well."""
-        self._pause = 0.0
-
-    def failed(self) -> None:
-        """The store failed: leave it alone for a while, longer each time."""
-        self._pause = min(max(_FIRST_PAUSE, 2 * self._pause), _LONGEST_PAUSE)
-        self._next_attempt = time.monotonic() + self._pause
-
-    def warn(self, error: Exception, workspace: Path) -> None:
-        """Say once, in one line, that results go on on disk."""
-        if not self._warned:
-            self._warned = True
-            print(
-                f"warning: cannot log to {self.shown} ({brief(error)}); the run goes on, its results are kept in"
-                f" {workspace / 'runs'}: upload them later with `stocktake sync --workspace {workspace}`",
-                file=sys.stderr,
-            )
-
-    @contextmanager
-    def bounded(self, retries: int = 1) -> Iterator[None]:
-        """Requests in the block end soon, and say nothing on the terminal. What the user has set stays."""
-        asked = {
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(self.request_seconds),
-            "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-            "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # MLflow prints credentials in it
-        }
-        if self._client is not None and is_managed(self.stores.tracking):
-            self._be_signed_for()  # another store may have been used in between
-        # A block inside another one has its own way; what the user has set stays.
-        changed = {name: os.environ.get(name) for name in asked if name in self._bounds or name not in os.environ}
-        added = set(changed) - self._bounds
-        self._bounds |= added
-        os.environ.update({name: asked[name] for name in changed})
-        levels = {name: logging.getLogger(name).level for name in _QUIET}
-        for name in _QUIET:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            self._bounds -= added
-            for name, value in changed.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
 
 
 def brief(error: BaseException) -> str:
@@ -191,34 +148,24 @@ def brief(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
-def _cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
     """What went wrong underneath MLflow's and the HTTP library's wrappings."""
-    inner = error
-    while (deeper := inner.__cause__ or inner.__context__) is not None:
-        inner = deeper
-    return brief(inner)
+    cause = error
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
+    return brief(cause)
 
 
 @contextmanager
-def _alone_with(stores: Stores) -> Iterator[None]:
-    """No other process opens these SQLite files meanwhile: two that lay out a fresh one at once break each other."""
+def _store_locks(stores: Stores) -> Iterator[None]:
+    """No other process opens these SQLite files meanwhile: two that create the tables at once break each other."""
     databases = {sqlite_file(uri) for uri in (stores.tracking, stores.registry)} - {None}
     with ExitStack() as stack:
         for database in sorted(map(str, databases)):
-            name = hashlib.sha256(database.encode()).hexdigest()[:16]
-            stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"stocktake-{os.getuid()}-{name}.lock"))
+            try:
+                stack.enter_context(FileLock(f"{database}.lock"))
+            except OSError as error:
+                raise StocktakeError(
+                    f"cannot write beside {database}: {error.strerror}; correct --tracking.uri"
+                ) from error
         yield
-
-
-@contextmanager
-def _addresses_kept() -> Iterator[None]:
-    """MLflow puts the addresses into the environment, where the next command would take them for the user's."""
-    held = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
-    try:
-        yield
-    finally:
-        for name, value in held.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -1,18 +1,19 @@
-"""The run folder: everything a run says, on disk before anywhere else.
+"""A run as a folder on disk: everything it says is here before it is anywhere else.
 
-    run.json       name, experiment, status, times, parent, and how far the upload has come
+    run.json       name, experiment, status, times, parent, and the ids of the run and its models in each store
     params.json  tags.json  inputs.json
     metrics.csv    timestamp_ms,step,metric,value; only ever appended to
     artifacts/     the MLflow artifact tree
     models/        MLflow model folders, one a name
     result.json    at the end: status, reason, duration, final metrics
 
-Needs no MLflow. A folder may be copied to another machine and uploaded from there.
+Needs no MLflow. A folder may be copied to another machine and uploaded from there. Links in it are not followed.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -21,14 +22,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
-from stocktake.tracking.addresses import redact
+from stocktake.files import atomic_write
+from stocktake.redaction import redact
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
@@ -59,43 +62,14 @@ class MetricPoint:
 
 
 @dataclass
-class ModelUpload:
-    """How far one model folder has come. `files` says which version of the files `id` holds."""
-
-    id: str | None = None
-    attempted: bool = False
-    files: dict[str, list[int]] = field(default_factory=dict)
-    done: bool = False
-    measured: bool = False
-
-
-@dataclass
 class Upload:
-    """How far the mirror in one store has come."""
+    """A run in one store."""
 
-    uri: str | None = None
-    run_id: str | None = None
-    experiment_id: str | None = None
-    attempted: bool = False
-    params: list[str] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
-    inputs: int = 0
-    metrics: int = 0
-    artifacts: dict[str, list[int]] = field(default_factory=dict)
-    models: dict[str, ModelUpload] = field(default_factory=dict)
-    status: str | None = None
-
-
-@dataclass
-class Registration:
-    """A version of a registered model that is wanted, and its number once it exists."""
-
-    model: str
-    registered_name: str
-    tags: dict[str, str]
-    description: str
-    asked_ms: int
-    version: str | None = None
+    run_id: str
+    models: dict[str, str] = field(default_factory=dict)
+    """Ids of logged models, by the names of their folders."""
+    digest: str | None = None
+    """`LocalRun.digest` of the folder when all of it was uploaded; None before."""
 
 
 @dataclass
@@ -105,29 +79,24 @@ class RunState:
     name: str
     experiment: str
     tracking_uri: str | None
-    registry_uri: str | None
     parent: str | None
+    """Name of the folder, beside this one, of the run above."""
     attach_run_id: str | None
+    """The MLflow run that `mlflow run` opened for this one."""
     status: str
     start_ms: int
     host: str
     pid: int
     end_ms: int | None = None
     reason: str | None = None
-    registrations: list[Registration] = field(default_factory=list)
-    upload: Upload = field(default_factory=Upload)
+    models: list[str] = field(default_factory=list)
+    uploads: dict[str, Upload] = field(default_factory=dict)
+    """By tracking URI without credentials; the store used last comes last."""
 
 
 def now_ms() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 class LocalRun:
@@ -139,8 +108,8 @@ class LocalRun:
         self.params: dict[str, str] = _read_json(path / "params.json", {})
         self.tags: dict[str, str] = _read_json(path / "tags.json", {})
         self.inputs: list[dict[str, Any]] = _read_json(path / "inputs.json", [])
-        self.lock = FileLock(path / ".lock")
-        self._writing = threading.Lock()
+        self._lock = FileLock(path / ".lock", thread_local=False)
+        self._writing = threading.RLock()
 
     @classmethod
     def create(
@@ -150,11 +119,10 @@ class LocalRun:
         name: str,
         experiment: str,
         tracking_uri: str | None,
-        registry_uri: str | None,
         parent: str | None = None,
         attach_run_id: str | None = None,
     ) -> LocalRun:
-        """A new folder in `runs`, locked by this process until `finish`. URIs come without credentials."""
+        """A new folder in `runs`, locked by this process until `release`. The URI comes without credentials."""
         stem = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "run"
         path = runs / f"{stem}-{uuid.uuid4().hex[:10]}"
         try:
@@ -168,7 +136,6 @@ class LocalRun:
             name=name,
             experiment=experiment,
             tracking_uri=tracking_uri,
-            registry_uri=registry_uri,
             parent=parent,
             attach_run_id=attach_run_id,
             status=RUNNING,
@@ -176,66 +143,90 @@ class LocalRun:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        folder = cls(path, state)
-        folder.lock.try_acquire()
+        run = cls(path, state)
+        run.try_lock()
         (path / "metrics.csv").write_text(_HEADER, encoding="utf-8")
-        folder.save()
-        return folder
+        run.save()
+        return run
 
     @classmethod
     def open(cls, path: Path) -> LocalRun:
-        """An existing folder; StocktakeError where run.json is missing or not of this form."""
+        """An existing folder; StocktakeError where run.json is missing, a link, or not of this form."""
         try:
-            raw = json.loads((path / "run.json").read_text(encoding="utf-8"))
-            upload = dict(raw.pop("upload"))
-            models = {name: ModelUpload(**one) for name, one in upload.pop("models").items()}
-            registrations = [Registration(**one) for one in raw.pop("registrations")]
-            state = RunState(**raw, registrations=registrations, upload=Upload(**upload, models=models))
+            raw = _read_json(path / "run.json", None)
+            uploads = {uri: Upload(**upload) for uri, upload in raw.pop("uploads").items()}
+            state = RunState(**raw, uploads=uploads)
+            _check_folder_names([*([state.parent] if state.parent else []), *state.models])
+            return cls(path, state)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StocktakeError(
-                f"{path} is not a run folder: {type(error).__name__} in its run.json ({error})"
+                f"{path} is not a run folder: {type(error).__name__} in its files ({error})"
             ) from error
-        return cls(path, state)
 
     @classmethod
     def reopen(cls, path: Path) -> LocalRun:
-        """A folder to write on in, RUNNING and locked by this process.
+        """A folder to continue, RUNNING and locked by this process.
 
         Raises StocktakeError if it is no run folder, or its process is alive.
         """
-        folder = cls.open(path)
-        if not folder.lock.try_acquire():
-            raise StocktakeError(f"{path} is still written by process {folder.state.pid} on {folder.state.host}")
-        state = folder.state
+        run = cls.open(path)
+        state = run.state
+        if not run.try_lock():
+            raise StocktakeError(f"{path} is still written by process {state.pid} on {state.host}")
         state.status, state.reason, state.end_ms = RUNNING, None, None
         state.host, state.pid = socket.gethostname(), os.getpid()
-        folder.tags.pop("failure", None)
-        folder.set_tags({})
-        folder.save()
+        run.tags.pop("failure", None)
+        run.set_tags({})
+        run.save()
         _cut_torn_line(path / "metrics.csv")
-        return folder
+        return run
+
+    def try_lock(self) -> bool:
+        """Lock the folder, as a live run does; False if another process or object has it locked."""
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Unlock the folder: others may continue or upload it."""
+        self._lock.release(force=True)
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run in the store used last; None while it has none."""
+        return next((upload.run_id for upload in reversed(self.state.uploads.values())), None)
 
     def save(self) -> None:
         """Write run.json."""
-        write_json(self.path / "run.json", asdict(self.state))
+        with self._writing:
+            _write_json(self.path / "run.json", asdict(self.state))
 
     def add_params(self, params: Mapping[str, object]) -> None:
         """Keep what is new: a param never changes, so the first value stays."""
-        fresh = {check_key(key): redact(str(value))[:_PARAM_LENGTH] for key, value in params.items()}
-        if fresh.keys() - self.params.keys():
-            self.params = {**fresh, **self.params}
-            write_json(self.path / "params.json", self.params)
+        checked = {check_key(key): redact(str(value))[:_PARAM_LENGTH] for key, value in params.items()}
+        if checked.keys() - self.params.keys():
+            self.params = {**checked, **self.params}
+            _write_json(self.path / "params.json", self.params)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Add or replace tags."""
-        self.tags.update({check_key(key): redact(str(value))[:_TAG_LENGTH] for key, value in tags.items()})
-        write_json(self.path / "tags.json", self.tags)
+        self.tags = self.tags | {check_key(key): redact(str(value))[:_TAG_LENGTH] for key, value in tags.items()}
+        _write_json(self.path / "tags.json", self.tags)
 
     def add_input(self, record: DatasetRecord, context: str) -> None:
         """Add a dataset."""
         source = redact(record.source)
         self.inputs.append({**asdict(record), "digest": record.digest[:36], "source": source, "context": context})
-        write_json(self.path / "inputs.json", self.inputs)
+        _write_json(self.path / "inputs.json", self.inputs)
+
+    def add_model(self, name: str) -> None:
+        """Announce that the model folder of this name is complete."""
+        with self._writing:
+            if name not in self.state.models:
+                self.state.models.append(name)
+                self.save()
 
     def append_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Append one line a metric, all at this moment. Safe from any thread."""
@@ -248,7 +239,10 @@ class LocalRun:
 
     def read_metrics(self, offset: int = 0) -> tuple[list[MetricPoint], int]:
         """The points from a byte offset on (0: all), and the offset after the last whole line."""
-        with (self.path / "metrics.csv").open("rb") as file:
+        path = self.path / "metrics.csv"
+        if not _is_own_file(path):
+            return [], offset
+        with path.open("rb") as file:
             file.seek(offset)
             raw = file.read()
         whole = raw[: raw.rfind(b"\n") + 1]  # a line torn by a crash is not a point
@@ -256,20 +250,16 @@ class LocalRun:
 
     def last_points(self) -> list[MetricPoint]:
         """The last point of each metric by MLflow's rule: largest step, then time, then value."""
-        last: dict[str, MetricPoint] = {}
-        for point in self.read_metrics()[0]:
-            held = last.get(point.name)
-            if held is None or _age(point) >= _age(held):
-                last[point.name] = point
-        return list(last.values())
+        points = sorted(self.read_metrics()[0], key=lambda point: (point.step, point.timestamp_ms, point.value))
+        return list({point.name: point for point in points}.values())
 
     def final_metrics(self) -> dict[str, float]:
         """The value of each metric that MLflow shows as the run's."""
         return {point.name: point.value for point in self.last_points()}
 
-    def finish(self, status: str, reason: str | None) -> None:
+    def finish(self, status: str, reason: str | None, end_ms: int | None = None) -> None:
         """Write the end into run.json and result.json. The lock stays until `release`."""
-        self.state.status, self.state.reason, self.state.end_ms = status, reason, now_ms()
+        self.state.status, self.state.reason, self.state.end_ms = status, reason, end_ms or now_ms()
         self.save()
         self.write_result()
 
@@ -281,51 +271,37 @@ class LocalRun:
             "name": state.name,
             "status": state.status,
             "reason": state.reason,
-            "run_id": state.upload.run_id,
+            "run_id": self.run_id,
             "duration_s": None if state.end_ms is None else round((state.end_ms - state.start_ms) / 1000, 3),
             "metrics": metrics,
         }
-        write_json(self.path / "result.json", result)
+        _write_json(self.path / "result.json", result)
 
-    def release(self) -> None:
-        """No longer alive: others may upload the folder."""
-        self.lock.release()
-        self.lock.path.unlink(missing_ok=True)
+    def digest(self) -> str:
+        """Of all that a store gets. It is the same on another machine."""
+        state = self.state
+        content = hashlib.sha256(f"{state.status} {state.end_ms}".encode())
+        for name in ("params.json", "tags.json", "inputs.json", "metrics.csv"):
+            if _is_own_file(self.path / name):
+                content.update(_file_digest(self.path / name))
+        for folder in (self.path / "artifacts", *(self.path / "models" / name for name in sorted(state.models))):
+            content.update(folder_digest(folder).encode())
+        return content.hexdigest()
 
-    def changed_artifacts(self) -> list[str]:
-        """Paths below artifacts/ that are new or changed since they were uploaded."""
-        stamps = file_stamps(self.path / "artifacts")
-        return [name for name, stamp in stamps.items() if self.state.upload.artifacts.get(name) != stamp]
+    def is_uploaded(self, uri: str | None = None) -> bool:
+        """Whether a store, or that of this URI without credentials, has all of an ended run."""
+        digests = {upload.digest for store, upload in self.state.uploads.items() if uri in (None, store)}
+        return self.state.status != RUNNING and bool(digests) and self.digest() in digests
 
-    def model_names(self) -> list[str]:
-        """Names of the model folders."""
-        return sorted(path.parent.name for path in (self.path / "models").glob("*/MLmodel"))
-
-    def changed_models(self) -> list[str]:
-        """Names of models that are new or changed since they were uploaded."""
-        held = self.state.upload.models
-        return [
-            name
-            for name in self.model_names()
-            if name not in held or not held[name].done or held[name].files != file_stamps(self.path / "models" / name)
-        ]
-
-    def pending(self) -> list[str]:
-        """What the store does not have yet, in words; empty when the mirror is complete."""
-        upload, state = self.state.upload, self.state
-        parts = {
-            "run": upload.run_id is None or not upload.uri,
-            "params": bool(self.params.keys() - set(upload.params)),
-            "tags": self.tags != upload.tags,
-            "datasets": len(self.inputs) > upload.inputs,
-            "metrics": bool(self.read_metrics(upload.metrics)[0]),
-            "artifacts": bool(self.changed_artifacts()),
-            "models": bool(self.changed_models()),
-            "model metrics": state.status != RUNNING and any(not one.measured for one in upload.models.values()),
-            "registration": any(one.version is None for one in state.registrations),
-            "status": upload.status != state.status,
-        }
-        return [part for part, is_pending in parts.items() if is_pending]
+    def remember_upload(self, uri: str, run_id: str) -> Upload:
+        """Keep the run's id in a store, which becomes the one used last."""
+        with self._writing:
+            upload = self.state.uploads.pop(uri, None)
+            if upload is None or upload.run_id != run_id:
+                upload = Upload(run_id)
+            self.state.uploads[uri] = upload
+            self.save()
+        return upload
 
 
 def check_key(key: str) -> str:
@@ -335,15 +311,39 @@ def check_key(key: str) -> str:
     return key
 
 
-def file_stamps(root: Path) -> dict[str, list[int]]:
-    """[bytes, modification time in ns] of every file below root, by its path; hidden files are left out."""
-    stamps: dict[str, list[int]] = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if not any(part.startswith(".") for part in name.parts) and path.is_file():
-            status = path.stat()
-            stamps[name.as_posix()] = [status.st_size, status.st_mtime_ns]
-    return stamps
+def files_below(root: Path) -> Iterator[Path]:
+    """The regular files below a folder, sorted; without hidden ones and without links to files or folders."""
+    if root.is_symlink():
+        return
+    for folder, folders, names in os.walk(root, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and _is_own_file(path):
+                yield path
+
+
+def folder_digest(root: Path) -> str:
+    """SHA-256 over the names and contents of the files below a folder."""
+    content = hashlib.sha256()
+    for path in files_below(root):
+        content.update(path.relative_to(root).as_posix().encode() + b"\0" + _file_digest(path))
+    return content.hexdigest()
+
+
+def _check_folder_names(names: Iterable[str]) -> None:
+    for name in names:
+        if Path(name).name != name or name.startswith("."):
+            raise ValueError(f"{name!r} is no name of a folder")
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -353,10 +353,6 @@ def _cut_torn_line(path: Path) -> None:
         file.truncate(content.rfind(b"\n") + 1)
 
 
-def _age(point: MetricPoint) -> tuple[int, int, float]:
-    return point.step, point.timestamp_ms, point.value
-
-
 def _points(lines: Iterable[str]) -> Iterable[MetricPoint]:
     for row in csv.reader(lines):
         if len(row) == 4 and row[0].isdigit():
@@ -364,4 +360,8 @@ def _points(lines: Iterable[str]) -> Iterable[MetricPoint]:
 
 
 def _read_json(path: Path, missing: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
+    return json.loads(path.read_text(encoding="utf-8")) if _is_own_file(path) else missing
+
+
+def _write_json(path: Path, value: object) -> None:
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

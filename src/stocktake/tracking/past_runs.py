@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from stocktake.config import TrackingConfig
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection
+from stocktake.tracking.leaderboard import search_runs
 
 _STAGES = {"finetune": ("finetune", "ddp")}
 """Stages that are trained alike, by the first of them."""
+_SCORE = "metrics.val/macro_f1"
 
 
 def best_settings(
-    tracking: TrackingConfig, task: str, stage: str, most: int = 200
+    tracking: TrackingConfig, task: str, stage: str, limit: int = 200
 ) -> list[tuple[str, float, dict[str, str]]]:
     """Name, val/macro_f1 and params (texts) of the finished runs and trials of a stage on a task, the best first.
 
@@ -22,27 +26,25 @@ def best_settings(
     """
     if tracking.offline:
         return []
-    connection = Connection(resolve(tracking), request_seconds=60)
+    connection = Connection(resolve(tracking))
     connection.open()
-    with connection.bounded():
-        client = connection.client
-        experiment = client.get_experiment_by_name(tracking.experiment)
-        if experiment is None:
-            return []
-        quoted = task.replace("'", "")
-        found: list[tuple[str, float, dict[str, str]]] = []
-        kinds = [f"tags.stage = '{one}'" for one in _STAGES.get(stage, (stage,))]
-        for kind in (*kinds, f"tags.`trial.stage` = '{stage}'"):
-            runs = client.search_runs(
-                [experiment.experiment_id],
-                f"{kind} AND tags.task = '{quoted}' AND attributes.status = 'FINISHED'",
-                order_by=["metrics.`val/macro_f1` DESC"],
-                max_results=most,
-            )
-            for run in runs:
-                settings = dict(run.data.params)
-                if "head.chosen_c" in settings:  # of those that were tried, the one that the figure is for
-                    settings["head.c"] = settings["head.chosen_c"]
-                if "val/macro_f1" in run.data.metrics and run.data.tags.get("trial.state") != "pruned":
-                    found.append((run.info.run_name, run.data.metrics["val/macro_f1"], settings))
-    return sorted(found, key=lambda one: -one[1])
+    experiment = connection.client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
+        return []
+    quoted = task.replace("'", "")
+    filter_string = f"tags.task = '{quoted}' AND attributes.status = 'FINISHED'"
+    runs = search_runs(connection, [experiment.experiment_id], filter_string).convert_dtypes()
+    runs = runs.reindex(columns=[*runs.columns.union([_SCORE, "tags.stage", "tags.trial.stage", "tags.trial.state"])])
+    of_stage = runs["tags.stage"].isin(_STAGES.get(stage, (stage,))) | (runs["tags.trial.stage"] == stage)
+    is_pruned = runs["tags.trial.state"] == "pruned"
+    runs = runs[of_stage.fillna(False) & ~is_pruned.fillna(False) & runs[_SCORE].notna()]
+    runs = runs.sort_values(_SCORE, ascending=False, kind="stable").head(limit)
+    return [(row["tags.mlflow.runName"], float(row[_SCORE]), _params(row)) for _, row in runs.iterrows()]
+
+
+def _params(run: pd.Series) -> dict[str, str]:
+    names = [name for name in run.index if name.startswith("params.") and pd.notna(run[name])]
+    params = {name.removeprefix("params."): str(run[name]) for name in names}
+    if "head.chosen_c" in params:  # of those that were tried, the one that the score is for
+        params["head.c"] = params["head.chosen_c"]
+    return params

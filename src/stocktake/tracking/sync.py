@@ -1,4 +1,4 @@
-"""The runs of a workspace that a store does not have in full, and their upload."""
+"""Upload of the runs of a workspace that no store has in full."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock
+
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
+from stocktake.redaction import redact, without_credentials
 from stocktake.tracking.addresses import Stores, given_uri, resolve
 from stocktake.tracking.connection import Connection, brief
+from stocktake.tracking.known_stores import known_stores
 from stocktake.tracking.local_store import FINISHED, KILLED, RUNNING, LocalRun
-from stocktake.tracking.uploader import UploadError, upload
-
-UPLOAD_SECONDS = 60
-"""How long one request may take when nobody's training waits for it."""
+from stocktake.tracking.uploader import RunUploader, UploadError
 
 
-def upload_backlog(runs: Path, tracking: TrackingConfig, say: Callable[[str], None]) -> dict[str, int]:
-    """Upload every run folder in `runs` that has something pending, parents before children.
+def sync_runs(runs: Path, tracking: TrackingConfig, say: Callable[[str], None]) -> dict[str, int]:
+    """Upload every run folder in `runs` that no store has in full, parents before children.
 
-    A store that `tracking` or the environment gives takes all of them; otherwise each goes where it was meant to go.
-    A folder whose process is alive is left alone. One upload at a time works on a workspace; a second one waits.
+    A store that `tracking` or the environment gives takes all of them; otherwise each goes to the address in its
+    run.json, if this workspace started a run there. A folder whose process is alive is left alone. One sync at a time
+    works on a workspace; a second one waits.
 
     Args:
-        runs: the folder of run folders.
+        runs: the folder of run folders. Links in it are skipped.
         tracking: the store.
         say: takes a line about each folder that needed something.
 
@@ -38,48 +39,96 @@ def upload_backlog(runs: Path, tracking: TrackingConfig, say: Callable[[str], No
         return counts
     with FileLock(runs / ".sync.lock"):
         folders = _read(runs, say, counts)
-        connections: dict[Stores, Connection | StocktakeError] = {}
-        wanted = _with_ancestors(folders, tracking)
+        incomplete = _with_ancestors(folders)
+        connect = _Connections(runs, tracking)
         for name in _parents_first(folders):
-            folder = folders[name]
-            if name not in wanted:
+            if name not in incomplete:
                 counts["complete"] += 1
                 continue
-            if not folder.lock.try_acquire():
+            locked = folders[name]
+            if not locked.try_lock():
                 counts["running"] += 1
-                say(f"{name}: still running (process {folder.state.pid}), left alone")
+                say(f"{name}: still running (process {locked.state.pid}), left alone")
                 continue
             try:
-                folder = LocalRun.open(folder.path)  # as its process left it
-                folder.lock = folders[name].lock
-                _close(folder)
-                stores = _stores_of(folder, tracking)
-                if stores not in connections:
-                    connections[stores] = _connect(stores)
-                connection = connections[stores]
-                if isinstance(connection, StocktakeError):
-                    raise connection
-                was_complete = not folder.pending()
-                done = upload(folder, connection)
-                if folder.state.end_ms is not None:
-                    folder.write_result()
-                if was_complete and not done:
-                    counts["complete"] += 1
-                    continue
-                counts["uploaded"] += 1
-                say(f"{name}: uploaded {', '.join(done) or 'the run'} to {connection.shown} as {folder.state.status}")
+                run = LocalRun.open(locked.path)  # as its process left it
+                _kill_if_dead(run)
+                connection = connect(run)
+                was_complete = run.is_uploaded(without_credentials(connection.stores.tracking))
+                RunUploader(run, connection).upload()
+                run.write_result()
             except (UploadError, StocktakeError, OSError, ValueError) as error:
                 counts["pending"] += 1
                 say(f"{name}: not uploaded: {brief(error)}")
+            else:
+                counts["complete" if was_complete else "uploaded"] += 1
+                if not was_complete:
+                    say(f"{name}: uploaded to {connection.shown} as {run.state.status}")
             finally:
-                folder.release()
+                locked.release()
     return counts
+
+
+def end_run(path: Path, tracking: TrackingConfig, *, status: str, reason: str) -> bool:
+    """End a run whose process is gone: FAILED or KILLED with the reason, here and in the store.
+
+    Returns:
+        False where there was nothing to end: its process is alive, or it finished.
+    """
+    run = LocalRun.open(path)
+    if run.state.status == FINISHED or not run.try_lock():
+        return False
+    try:
+        _write_end(run, status, reason)
+        if not tracking.offline:
+            with suppress(UploadError, StocktakeError):  # `sync` uploads it later
+                RunUploader(run, _Connections(path.parent, tracking)(run)).upload()
+            run.write_result()
+    finally:
+        run.release()
+    return True
+
+
+class _Connections:
+    """Opens each store once, however many runs go there."""
+
+    def __init__(self, runs: Path, tracking: TrackingConfig) -> None:
+        self._tracking = tracking
+        self._known = known_stores(runs)
+        self._opened: dict[Stores, Connection | StocktakeError] = {}
+
+    def __call__(self, run: LocalRun) -> Connection:
+        """The connection for a run. StocktakeError: its address is not this workspace's, or does not answer."""
+        stores = self._stores(run)
+        if stores not in self._opened:
+            connection = Connection(stores)
+            try:
+                connection.open()
+            except StocktakeError as error:
+                self._opened[stores] = error
+            else:
+                self._opened[stores] = connection
+        opened = self._opened[stores]
+        if isinstance(opened, StocktakeError):
+            raise opened
+        return opened
+
+    def _stores(self, run: LocalRun) -> Stores:
+        uri = run.state.tracking_uri
+        if given_uri(self._tracking) is not None or uri is None:
+            return resolve(self._tracking)
+        if uri not in self._known:
+            raise StocktakeError(
+                f"its run.json names the store {redact(uri)}, which no run of this workspace was started with: give"
+                " it as --tracking.uri if you trust it"
+            )
+        return resolve(replace(self._tracking, uri=uri))
 
 
 def _read(runs: Path, say: Callable[[str], None], counts: dict[str, int]) -> dict[str, LocalRun]:
     folders = {}
     for path in sorted(runs.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
             try:
                 folders[path.name] = LocalRun.open(path)
             except (StocktakeError, OSError, ValueError) as error:
@@ -88,17 +137,15 @@ def _read(runs: Path, say: Callable[[str], None], counts: dict[str, int]) -> dic
     return folders
 
 
-def _with_ancestors(folders: dict[str, LocalRun], tracking: TrackingConfig) -> set[str]:
-    """Folders with something pending, and what they hang below where that may have to go to another store."""
-    wanted = {name for name, folder in folders.items() if folder.pending()}
-    if given_uri(tracking) is None:
-        return wanted
-    for name in list(wanted):
+def _with_ancestors(folders: dict[str, LocalRun]) -> set[str]:
+    """Runs that no store has in full, and the runs above them, which have to be in the same store."""
+    names = {name for name, run in folders.items() if not run.is_uploaded()}
+    for name in list(names):
         parent = folders[name].state.parent
-        while parent is not None and parent in folders:
-            wanted.add(parent)
+        while parent is not None and parent in folders and parent not in names:
+            names.add(parent)
             parent = folders[parent].state.parent
-    return wanted
+    return names
 
 
 def _parents_first(folders: dict[str, LocalRun]) -> list[str]:
@@ -111,58 +158,15 @@ def _parents_first(folders: dict[str, LocalRun]) -> list[str]:
     return sorted(folders, key=lambda name: (depth(name), folders[name].state.start_ms))
 
 
-def end_run(path: Path, tracking: TrackingConfig, *, status: str, reason: str) -> bool:
-    """End a run whose process is gone, by one who knows why: FAILED or KILLED with the reason, here and in the store.
-
-    Returns:
-        False where there was nothing to end: its process is alive, or it finished.
-    """
-    folder = LocalRun.open(path)
-    if folder.state.status == FINISHED or not folder.lock.try_acquire():
-        return False
-    try:
-        _write_end(folder, status, reason)
-        connection = None if tracking.offline else _connect(_stores_of(folder, tracking))
-        if isinstance(connection, Connection):
-            with suppress(UploadError, StocktakeError):  # `sync` uploads it later
-                upload(folder, connection)
-            folder.write_result()
-    finally:
-        folder.release()
-    return True
-
-
-def _close(folder: LocalRun) -> None:
-    """Give a run whose process died the end that it could not write itself."""
-    state = folder.state
+def _kill_if_dead(run: LocalRun) -> None:
+    """Mark a run whose process died without ending it as KILLED."""
+    state = run.state
     if state.status == RUNNING:
-        died = f"its process ({state.pid} on {state.host}) ended without a word, killed or out of memory"
-        _write_end(folder, KILLED, died)
+        _write_end(run, KILLED, f"its process ({state.pid} on {state.host}) died: killed, or out of memory")
 
 
-def _write_end(folder: LocalRun, status: str, reason: str) -> None:
-    state = folder.state
-    points = folder.read_metrics()[0]
-    folder.set_tags({"failure": reason})
-    folder.finish(status, reason)
+def _write_end(run: LocalRun, status: str, reason: str) -> None:
+    run.set_tags({"failure": reason})
     # What it logged last is nearer to its end than today is.
-    state.end_ms = max([state.start_ms, *(point.timestamp_ms for point in points)])
-    folder.save()
-    folder.write_result()
-
-
-def _stores_of(folder: LocalRun, tracking: TrackingConfig) -> Stores:
-    if given_uri(tracking) is not None or folder.state.tracking_uri is None:
-        return resolve(tracking)
-    registry = tracking.registry_uri or folder.state.registry_uri
-    return resolve(replace(tracking, uri=folder.state.tracking_uri, registry_uri=registry))
-
-
-def _connect(stores: Stores) -> Connection | StocktakeError:
-    """One look at a store, however many runs wait for it."""
-    connection = Connection(stores, request_seconds=UPLOAD_SECONDS)
-    try:
-        connection.open()
-    except StocktakeError as error:
-        return error
-    return connection
+    last = max([run.state.start_ms, *(point.timestamp_ms for point in run.read_metrics()[0])])
+    run.finish(status, reason, last)

@@ -1,81 +1,276 @@
-"""Upload what a run folder has and the store does not: while the run is alive, at its end, and by `stocktake sync`.
+"""Upload a run folder to a store: while the run is alive, at its end, and by `stocktake sync`.
 
-Every step notes how far it came in run.json, and repeating a step that was cut off changes nothing: the store
-drops a metric point that it already has, runs, models and versions are looked up by a tag before they are created
-a second time.
+A run is replayed whole, and replaying changes nothing: MLflow's SQL store keeps a metric point, a param, a tag and
+an input once and overwrites artifacts. Runs are found by a tag, and models by one, before they are created again.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from stocktake.errors import StocktakeError
-from stocktake.tracking.addresses import sqlite_file, without_credentials
-from stocktake.tracking.connection import Connection, brief
-from stocktake.tracking.leaderboard import show_in_mlflow
-from stocktake.tracking.local_store import RUNNING, LocalRun, ModelUpload, Upload, file_stamps
-
-if TYPE_CHECKING:
-    from mlflow.entities import Experiment
+from stocktake.redaction import without_credentials
+from stocktake.tracking.addresses import sqlite_file
+from stocktake.tracking.connection import Connection, brief, no_retries
+from stocktake.tracking.local_store import RUNNING, LocalRun, MetricPoint, files_below, folder_digest
+from stocktake.tracking.mlflow_view import show_in_mlflow
 
 _T = TypeVar("_T")
+_Stamps = dict[str, tuple[int, int]]
 
 FOLDER_TAG = "stocktake.folder"
-_BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # MLflow's limits
+"""Of a run: the name of its folder."""
+DIGEST_TAG = "stocktake.digest"
+"""Of a logged model: `folder_digest` of its files."""
+_MODEL_TAGS = ("stage", "task", "data.fingerprint")
+_METRICS, _PARAMS, _TAGS = 1000, 100, 100  # MLflow's limits of one request
+_MODEL_METRICS = 100  # of more, MLflow 3.17 stores none if it has some of them
 
 
 class UploadError(Exception):
     """Something could not be uploaded; the message says what and why, without secrets."""
 
 
-def upload(folder: LocalRun, connection: Connection) -> list[str]:
-    """Upload what is pending; returns what was uploaded, in words.
+class StoreAwayError(UploadError):
+    """The server does not answer."""
 
-    The parent, if there is one, has to be in the same store already. A step that the store refuses does not keep
-    the following steps from being tried, unless the store is away.
 
-    Raises UploadError with the first failure, after the remaining steps.
-    """
+class RunUploader:
+    """Uploads one run to one store. It keeps in memory what it has sent, so that a live run is not sent twice."""
 
-    try:
-        with connection.bounded():
-            _ensure_run(folder, connection)
-    except (UploadError, StocktakeError):
-        raise
-    except Exception as error:
-        raise UploadError(f"run: {brief(error)}") from error
-    steps: dict[str, Callable[[LocalRun, Connection], None]] = {
-        "tags": _tags,
-        "params": _params,
-        "datasets": _inputs,
-        "metrics": _metrics,
-        "artifacts": _artifacts,
-        "models": _models,
-        "model metrics": _model_metrics,
-        "status": _status,
-    }
-    done, failure = [], None
-    for name, step in steps.items():
-        if name not in folder.pending():
-            continue
+    def __init__(self, run: LocalRun, connection: Connection) -> None:
+        self.run = run
+        self._connection = connection
+        self._uri = without_credentials(connection.stores.tracking)
+        self._run_id: str | None = None
+        self._params: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+        self._inputs = 0
+        self._metrics_end = 0
+        self._artifacts: _Stamps = {}
+        self._models: dict[str, _Stamps] = {}
+        self._linked: set[str] = set()
+        self._status: str | None = None
+        self.is_complete = False
+        """Whether all of an ended run was uploaded."""
+
+    def upload(self) -> None:
+        """Send what is new since the last call; the first call sends everything.
+
+        The parent, if there is one, has to be in the same store already. A part that the store refuses does not keep
+        the others from being sent, unless the server is away.
+
+        Raises:
+            UploadError: with the first failure; StoreAwayError if the server does not answer.
+            StocktakeError: the experiment was deleted.
+        """
+        digest = None if self.run.state.status == RUNNING else self.run.digest()
+        if self._run_id is None:
+            self._run_id = self._attempt("run", self._find_or_create)
+        parts: dict[str, Callable[[], None]] = {
+            "tags": self._send_tags,
+            "params": self._send_params,
+            "datasets": self._send_inputs,
+            "metrics": self._send_metrics,
+            "artifacts": self._send_artifacts,
+            "models": self._send_models,
+            "status": self._send_status,
+        }
+        failure = None
+        for name, send in parts.items():
+            try:
+                self._attempt(name, send)
+            except UploadError as error:
+                if self._connection.health_check() is not None:
+                    raise StoreAwayError(str(error)) from error
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        if digest is not None:
+            self.run.remember_upload(self._uri, self._run_id).digest = digest
+            self.run.save()
+            self.is_complete = True
+
+    def _attempt(self, name: str, send: Callable[[], _T]) -> _T:
         try:
-            with connection.bounded():
-                step(folder, connection)
-            done.append(name)
+            return send()
+        except (UploadError, StocktakeError):
+            raise
         except Exception as error:
-            failure = failure or UploadError(f"{name}: {brief(error)}")
-            if connection.trouble() is not None:
-                break
-        finally:
-            folder.save()
-    if failure is not None:
-        raise failure
-    return done
+            raise UploadError(f"{name}: {brief(error)}") from error
+
+    def _find_or_create(self) -> str:
+        """The MLflow run: the one that is remembered, that `mlflow run` opened, that has the tag, or a new one."""
+        client, state = self._connection.client, self.run.state
+        known = state.uploads.get(self._uri)
+        run = get_run(self._connection, known.run_id) if known else None
+        if run is None and state.attach_run_id:
+            run = get_run(self._connection, state.attach_run_id)
+            if run is not None:
+                self._attach(run)
+        if run is None:
+            parent = self._parent()
+            above = parent.info.experiment_id if parent else None
+            experiment_id = above or ensure_experiment(self._connection, state.experiment)
+            is_this = f"tags.`{FOLDER_TAG}` = '{self.run.path.name}'"
+            tagged = client.search_runs([experiment_id], is_this, max_results=1)
+            run = next(iter(tagged), None)
+            if run is None:
+                tags = {FOLDER_TAG: self.run.path.name}
+                if parent:
+                    tags["mlflow.parentRunId"] = parent.info.run_id
+                with no_retries():
+                    run = client.create_run(experiment_id, start_time=state.start_ms, tags=tags, run_name=state.name)
+        if "failure" in run.data.tags and "failure" not in self.run.tags:  # of a run that was continued
+            client.delete_tag(run.info.run_id, "failure")
+        # `mlflow run -P lr=1e-3` has logged it as it was typed, and a param never changes.
+        self._params = {name: self.run.params.get(name, "") for name in run.data.params}
+        self._status = run.info.status if run.info.status == RUNNING else None
+        self.run.remember_upload(self._uri, run.info.run_id)
+        return str(run.info.run_id)
+
+    def _attach(self, run: Any) -> None:
+        client, run_id = self._connection.client, run.info.run_id
+        client.set_tag(run_id, FOLDER_TAG, self.run.path.name)
+        if is_generated(run.info.run_name):
+            client.update_run(run_id, name=self.run.state.name)
+        self.run.state.experiment = client.get_experiment(run.info.experiment_id).name
+        show_in_mlflow(client, run.info.experiment_id)
+
+    def _parent(self) -> Any:
+        """The MLflow run of the parent; None without one, or where its folder is gone."""
+        name = self.run.state.parent
+        path = self.run.path.parent / str(name)
+        if name is None or not (path / "run.json").is_file():
+            return None
+        upload = LocalRun.open(path).state.uploads.get(self._uri)
+        if upload is None:
+            raise UploadError(f"its parent {name} is not uploaded yet")
+        return self._connection.client.get_run(upload.run_id)
+
+    def _send_tags(self) -> None:
+        from mlflow.entities import RunTag
+
+        tags = self.run.tags
+        changed = [(key, value) for key, value in tags.items() if self._tags.get(key) != value]
+        for batch in _batches(changed, _TAGS):
+            self._connection.client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in batch])
+        self._tags = dict(tags)
+
+    def _send_params(self) -> None:
+        from mlflow.entities import Param
+
+        params = self.run.params
+        new = [(key, value) for key, value in params.items() if key not in self._params]
+        for batch in _batches(new, _PARAMS):
+            self._connection.client.log_batch(self._run_id, params=[Param(key, value) for key, value in batch])
+        self._params |= params
+
+    def _send_inputs(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        records = self.run.inputs[self._inputs :]
+        inputs = []
+        for record in records:
+            scheme = record["source"].partition("://")[0]
+            dataset = Dataset(
+                name=record["name"],
+                digest=record["digest"],
+                source_type=scheme if scheme in ("s3", "http", "https") else "local",
+                source=json.dumps({"uri": record["source"]}),
+                profile=json.dumps({"num_rows": record["rows"], **record["profile"]}),
+            )
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])]))
+        if inputs:
+            self._connection.client.log_inputs(self._run_id, inputs)
+        self._inputs += len(records)
+
+    def _send_metrics(self) -> None:
+        points, end = self.run.read_metrics(self._metrics_end)
+        self._log_metrics(points, _METRICS)
+        self._metrics_end = end
+
+    def _log_metrics(self, points: Sequence[MetricPoint], size: int, model_id: str | None = None) -> None:
+        from mlflow.entities import Metric
+
+        for batch in _batches(points, size):
+            metrics = [
+                Metric(point.name, point.value, point.timestamp_ms, point.step, model_id=model_id, run_id=self._run_id)
+                for point in batch
+            ]
+            self._connection.client.log_batch(self._run_id, metrics=metrics)
+
+    def _send_artifacts(self) -> None:
+        root = self.run.path / "artifacts"
+        for name, stamp in _stamps(root).items():
+            if self._artifacts.get(name) == stamp:
+                continue
+            folder = Path(name).parent.as_posix()
+            self._connection.client.log_artifact(self._run_id, str(root / name), None if folder == "." else folder)
+            self._artifacts[name] = stamp
+
+    def _send_models(self) -> None:
+        upload = self.run.state.uploads[self._uri]
+        for name in self.run.state.models:
+            stamps = _stamps(self.run.path / "models" / name)
+            if self._models.get(name) != stamps:
+                upload.models[name] = self._send_model(name)
+                self.run.save()
+                self._models[name] = stamps
+        if self.run.state.status == RUNNING:
+            return
+        scores = [point for point in self.run.last_points() if point.name.startswith(("val/", "test/"))]
+        for model_id in set(upload.models.values()) - self._linked:
+            self._log_metrics(scores, _MODEL_METRICS, model_id)
+            self._linked.add(model_id)
+
+    def _send_model(self, name: str) -> str:
+        from mlflow.entities import LoggedModelOutput
+
+        client, source = self._connection.client, self.run.path / "models" / name
+        run = client.get_run(self._run_id)
+        digest = folder_digest(source)
+        models = client.search_logged_models(
+            [run.info.experiment_id], filter_string=f"source_run_id = '{self._run_id}' AND name = '{name}'"
+        )
+        model = next((model for model in models if model.tags.get(DIGEST_TAG) == digest), None)
+        if model is None:
+            tags = {key: self.run.tags[key] for key in _MODEL_TAGS if key in self.run.tags}
+            with no_retries():
+                model = client.create_logged_model(
+                    run.info.experiment_id,
+                    name=name,
+                    source_run_id=self._run_id,
+                    tags={DIGEST_TAG: digest, **tags},
+                    params={key: value[:500] for key, value in sorted(self.run.params.items())[:100]},
+                    model_type=self.run.tags.get("stage"),
+                )
+        model_id = str(model.model_id)
+        if str(model.status) != "READY":
+            with tempfile.TemporaryDirectory() as temporary:
+                _copy_with_ids(source, Path(temporary), model_id, self._run_id)
+                client.log_model_artifacts(model_id, temporary)
+            outputs = run.outputs.model_outputs if run.outputs else []
+            if model_id not in {output.model_id for output in outputs}:
+                client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step=0)])
+            client.finalize_logged_model(model_id, "READY")
+        return model_id
+
+    def _send_status(self) -> None:
+        state = self.run.state
+        if state.status == self._status:
+            return
+        if state.status == RUNNING:
+            self._connection.client.update_run(self._run_id, status=RUNNING)
+        else:
+            self._connection.client.set_terminated(self._run_id, state.status, state.end_ms)
+        self._status = state.status
 
 
 def ensure_experiment(connection: Connection, name: str) -> str:
@@ -83,7 +278,7 @@ def ensure_experiment(connection: Connection, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     client = connection.client
-    experiment: Experiment | None = client.get_experiment_by_name(name)
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
             created = client.create_experiment(name, artifact_location=_artifact_location(connection, name))
@@ -103,95 +298,16 @@ def ensure_experiment(connection: Connection, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def holds_run(connection: Connection, run_id: str) -> bool:
-    """Whether the store has this run."""
+def get_run(connection: Connection, run_id: str) -> Any:
+    """The store's run of this id; None if it has none. Raises UploadError if the store does not say."""
     from mlflow.exceptions import MlflowException
 
     try:
-        with connection.bounded():
-            connection.client.get_run(run_id)
+        return connection.client.get_run(run_id)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return False
+            return None
         raise UploadError(f"run: {brief(error)}") from error
-    return True
-
-
-def _artifact_location(connection: Connection, name: str) -> str | None:
-    """Beside the database, also when that is not in the current folder, which is where MLflow would put it."""
-    database = sqlite_file(connection.stores.tracking)
-    if database is None or database.parent == Path.cwd():
-        return None
-    return (database.parent / "mlruns" / quote(name, safe=" ")).as_uri()
-
-
-def _ensure_run(folder: LocalRun, connection: Connection) -> None:
-    """Find or create the MLflow run."""
-    client, state = connection.client, folder.state
-    uri = without_credentials(connection.stores.tracking)
-    if state.upload.run_id and state.upload.uri == uri:
-        return
-    if state.upload.run_id and state.upload.uri and holds_run(connection, state.upload.run_id):
-        state.upload.uri = uri  # the same store under another address
-        folder.save()
-        return
-    if not (state.upload.attempted and state.upload.uri == uri):
-        state.upload = Upload(uri=uri)
-    if state.attach_run_id and _attach(folder, connection):
-        folder.save()
-        return
-    parent = _parent_upload(folder, uri)
-    experiment_id = (parent and parent.experiment_id) or ensure_experiment(connection, state.experiment)
-    run = None
-    if state.upload.attempted:
-        # An earlier attempt may have reached the store although its answer never came back.
-        found = client.search_runs([experiment_id], f"tags.`{FOLDER_TAG}` = '{folder.path.name}'", max_results=1)
-        run = found[0] if found else None
-    if run is None:
-        state.upload.attempted = True
-        folder.save()
-        tags = {FOLDER_TAG: folder.path.name, "mlflow.runName": state.name}
-        if parent and parent.run_id:
-            tags["mlflow.parentRunId"] = parent.run_id
-        with connection.bounded(retries=0):
-            run = client.create_run(experiment_id, start_time=state.start_ms, tags=tags, run_name=state.name)
-    state.upload.run_id, state.upload.experiment_id = run.info.run_id, run.info.experiment_id
-    state.upload.status = RUNNING
-    folder.save()
-
-
-def _attach(folder: LocalRun, connection: Connection) -> bool:
-    """Go on in the run that `mlflow run` opened; False if this store does not have it."""
-    client, state = connection.client, folder.state
-    if state.attach_run_id is None or not holds_run(connection, state.attach_run_id):
-        return False
-    run = client.get_run(state.attach_run_id)
-    upload = state.upload
-    upload.run_id, upload.experiment_id = run.info.run_id, run.info.experiment_id
-    upload.params = list(run.data.params)
-    upload.status = run.info.status
-    if upload.status != RUNNING and state.status == RUNNING:
-        client.update_run(run.info.run_id, status=RUNNING)
-        upload.status = RUNNING
-    client.set_tag(run.info.run_id, FOLDER_TAG, folder.path.name)
-    if is_generated(run.info.run_name):
-        client.update_run(run.info.run_id, name=state.name)
-    experiment = client.get_experiment(run.info.experiment_id)
-    state.experiment = experiment.name
-    show_in_mlflow(client, experiment.experiment_id)
-    return True
-
-
-def _parent_upload(folder: LocalRun, uri: str) -> Upload | None:
-    if folder.state.parent is None:
-        return None
-    path = folder.path.parent / folder.state.parent
-    if not (path / "run.json").is_file():
-        return None  # thrown away: the child stands alone
-    upload = LocalRun.open(path).state.upload
-    if not upload.run_id or upload.uri != uri:
-        raise UploadError(f"its parent {folder.state.parent} is not uploaded yet")
-    return upload
 
 
 def is_generated(name: str) -> bool:
@@ -202,160 +318,37 @@ def is_generated(name: str) -> bool:
     return len(words) == 3 and words[0] in _GENERATOR_PREDICATES and words[1] in _GENERATOR_NOUNS and words[2].isdigit()
 
 
-def _tags(folder: LocalRun, connection: Connection) -> None:
-    from mlflow.entities import RunTag
-
-    upload = folder.state.upload
-    changed = [(key, value) for key, value in folder.tags.items() if upload.tags.get(key) != value]
-    for batch in _batches(changed, _BATCH["tags"]):
-        connection.client.log_batch(upload.run_id, tags=[RunTag(key, value) for key, value in batch])
-        upload.tags.update(batch)
-    for gone in upload.tags.keys() - folder.tags.keys():  # such as the failure of a run that was gone on with
-        connection.client.delete_tag(upload.run_id, gone)
-        del upload.tags[gone]
+def _artifact_location(connection: Connection, name: str) -> str | None:
+    """Beside the database, also when that is not in the current folder, which is where MLflow would put it."""
+    database = sqlite_file(connection.stores.tracking)
+    if database is None or database.parent == Path.cwd():
+        return None
+    return (database.parent / "mlruns" / quote(name, safe=" ")).as_uri()
 
 
-def _params(folder: LocalRun, connection: Connection) -> None:
-    from mlflow.entities import Param
-
-    upload = folder.state.upload
-    # `mlflow run -P lr=1e-3` has logged it as it was typed, and a param never changes.
-    known = set(connection.client.get_run(upload.run_id).data.params)
-    fresh = [(key, value) for key, value in folder.params.items() if key not in known]
-    for batch in _batches(fresh, _BATCH["params"]):
-        connection.client.log_batch(upload.run_id, params=[Param(key, value) for key, value in batch])
-    upload.params = sorted(folder.params)
-
-
-def _inputs(folder: LocalRun, connection: Connection) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    upload = folder.state.upload
-    inputs = []
-    for record in folder.inputs[upload.inputs :]:
-        source = record["source"]
-        scheme = source.partition("://")[0] if "://" in source else "local"
-        dataset = Dataset(
-            name=record["name"],
-            digest=record["digest"],
-            source_type=scheme if scheme in ("s3", "http", "https") else "local",
-            source=json.dumps({"uri": source}),
-            profile=json.dumps({"num_rows": record["rows"], **record["profile"]}),
-        )
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])]))
-    connection.client.log_inputs(upload.run_id, inputs)
-    upload.inputs = len(folder.inputs)
-
-
-def _metrics(folder: LocalRun, connection: Connection) -> None:
-    from mlflow.entities import Metric
-
-    upload = folder.state.upload
-    points, end = folder.read_metrics(upload.metrics)
-    for batch in _batches(points, _BATCH["metrics"]):
-        metrics = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in batch]
-        connection.client.log_batch(upload.run_id, metrics=metrics)
-    upload.metrics = end
-
-
-def _artifacts(folder: LocalRun, connection: Connection) -> None:
-    upload, root = folder.state.upload, folder.path / "artifacts"
-    stamps = file_stamps(root)
-    for name in folder.changed_artifacts():
-        inside = PurePosixPath(name).parent.as_posix()
-        connection.client.log_artifact(upload.run_id, str(root / name), None if inside == "." else inside)
-        upload.artifacts[name] = stamps[name]
-
-
-def _models(folder: LocalRun, connection: Connection) -> None:
-    from mlflow.entities import LoggedModelOutput
-
-    client, upload = connection.client, folder.state.upload
-    for name in folder.changed_models():
-        source = folder.path / "models" / name
-        stamps = file_stamps(source)
-        entry = upload.models.get(name)
-        if entry is None or entry.files != stamps:
-            # Files that changed after they were uploaded are another model.
-            entry = upload.models[name] = ModelUpload(files=stamps)
-        if entry.id is None:
-            entry.id = _create_model(folder, connection, name, entry)
-            folder.save()
-        client.log_model_artifacts(entry.id, str(source))
-        with tempfile.TemporaryDirectory() as beside:
-            client.log_model_artifact(
-                entry.id, str(_with_ids(source / "MLmodel", Path(beside), entry.id, upload.run_id))
-            )
-        client.log_outputs(upload.run_id, [LoggedModelOutput(entry.id, step=0)])
-        client.finalize_logged_model(entry.id, "READY")
-        entry.done = True
-
-
-def _create_model(folder: LocalRun, connection: Connection, name: str, entry: ModelUpload) -> str:
-    client, upload = connection.client, folder.state.upload
-    if entry.attempted:
-        where = f"name = '{name}' AND source_run_id = '{upload.run_id}'"
-        unfinished = [
-            model
-            for model in client.search_logged_models([upload.experiment_id], filter_string=where)
-            if str(model.status) != "READY" and model.model_id not in {one.id for one in upload.models.values()}
-        ]
-        if unfinished:
-            return str(unfinished[0].model_id)
-    entry.attempted = True
-    folder.save()
-    with connection.bounded(retries=0):
-        model = client.create_logged_model(
-            upload.experiment_id,
-            name=name,
-            source_run_id=upload.run_id,
-            tags={key: folder.tags[key] for key in ("stage", "task", "data.fingerprint") if key in folder.tags},
-            params={key: value[:500] for key, value in sorted(folder.params.items())[:100]},
-            model_type=folder.tags.get("stage"),
-        )
-    return str(model.model_id)
-
-
-def _with_ids(mlmodel: Path, beside: Path, model_id: str, run_id: str | None) -> Path:
-    """A copy of MLmodel that says which logged model it is, as MLflow writes it itself."""
+def _copy_with_ids(source: Path, copy: Path, model_id: str, run_id: str | None) -> None:
+    """Copy a model folder; its MLmodel says which logged model it is, as MLflow writes it itself."""
     import yaml
 
-    content = yaml.safe_load(mlmodel.read_text(encoding="utf-8"))
+    for path in files_below(source):
+        (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy / path.relative_to(source))
+    content = yaml.safe_load((source / "MLmodel").read_text(encoding="utf-8"))
     content |= {"model_id": model_id, "run_id": run_id, "artifact_path": f"models:/{model_id}"}
-    path = beside / "MLmodel"
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return path
+    (copy / "MLmodel").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
-def _model_metrics(folder: LocalRun, connection: Connection) -> None:
-    """Link the run's last scores to its models. The same points again: the run does not get them twice."""
-    from mlflow.entities import Metric
-
-    upload = folder.state.upload
-    last = {
-        point.name: point for point in sorted(folder.read_metrics()[0], key=lambda one: (one.step, one.timestamp_ms))
-    }
-    scores = [point for name, point in last.items() if name.startswith(("val/", "test/"))]
-    for entry in upload.models.values():
-        if entry.measured or not entry.done:
+def _stamps(root: Path) -> _Stamps:
+    """(bytes, modification time in ns) of the files below a folder, by their paths."""
+    stamps = {}
+    for path in files_below(root):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # a live run may take a file away
             continue
-        for batch in _batches(scores, _BATCH["metrics"]):
-            metrics = [
-                Metric(one.name, one.value, one.timestamp_ms, one.step, model_id=entry.id, run_id=upload.run_id)
-                for one in batch
-            ]
-            connection.client.log_batch(upload.run_id, metrics=metrics)
-        entry.measured = True
+        stamps[path.relative_to(root).as_posix()] = (status.st_size, status.st_mtime_ns)
+    return stamps
 
 
-def _status(folder: LocalRun, connection: Connection) -> None:
-    state = folder.state
-    if state.status == RUNNING:
-        connection.client.update_run(state.upload.run_id, status=RUNNING)
-    else:
-        connection.client.set_terminated(state.upload.run_id, state.status, state.end_ms)
-    state.upload.status = state.status
-
-
-def _batches(values: list[_T], size: int) -> list[list[_T]]:
+def _batches(values: Sequence[_T], size: int) -> list[Sequence[_T]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
