@@ -280,7 +280,7 @@ def test_a_failed_job_says_why(site: Site) -> None:
 def test_a_job_that_was_killed_outright_comes_home_from_its_checkpoints(site: Site, tmp_path: Path) -> None:
     run_id = site.client.create_run(site.experiment).info.run_id
     folder = LocalRun.create(
-        tmp_path / "there", name="lost", experiment="jobs", tracking_uri=None, registry_uri=None, attach_run_id=run_id
+        tmp_path / "there", name="lost", experiment="jobs", tracking_uri=None, attach_run_id=run_id
     )
     folder.append_metrics({"val/macro_f1": 0.25}, 1)
     (folder.path / "checkpoints").mkdir()
