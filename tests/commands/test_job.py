@@ -161,7 +161,7 @@ def test_as_many_machines_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_run_without_a_checkpoint_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", RUN_ID)
-    made = {"experiment": "e", "tracking_uri": None, "registry_uri": None, "attach_run_id": RUN_ID}
+    made = {"experiment": "e", "tracking_uri": None, "attach_run_id": RUN_ID}
     finished, begun = (LocalRun.create(tmp_path, name=name, **made) for name in ("finished", "begun"))
     finished.finish(FINISHED, None)
     assert unfinished_run(tmp_path) is None
