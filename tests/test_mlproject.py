@@ -24,7 +24,7 @@ from stocktake.registry.models import fetch_model
 from stocktake.serving import endpoints
 
 REPOSITORY = Path(__file__).parents[1]
-TINY = {"image_size": "32", "backbone": "mobilenet_v3_small", "weights": "none"}
+TINY = {"image_size": "32", "backbone": "test_vit", "weights": "none"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 

@@ -14,7 +14,7 @@ from stocktake import distributed
 from stocktake.commands.stage_runs import PreparedData
 from stocktake.config import FinetuneConfig, TrainingConfig
 from stocktake.models.network import NetworkModel, create_network
-from stocktake.models.precision import PLAIN, Precision
+from stocktake.models.precision import Precision
 from stocktake.training.fit import FitResult, fit
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
 
@@ -54,7 +54,7 @@ def train(
     given: FinetuneConfig,
     checkpoints: Path,
     stop_at: int | None = None,
-    precision: Precision = PLAIN,
+    precision: Precision = "fp32",
     batchnorm: bool = True,
     dropout: float = 0.0,
 ) -> tuple[list[dict[str, float]], FitResult, dict[str, torch.Tensor]]:

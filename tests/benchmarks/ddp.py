@@ -60,7 +60,7 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
     with distributed.process_group(timeout=300) as world:
         prepared = prepare_data(config)
         model = create_network(prepared.manifest.labels, SIZE, backbone, "none")
-        form = Precision("bf16" if precision == "bf16" else "fp32", channels_last=True)
+        form: Precision = "bf16" if precision == "bf16" else "fp32"
         checkpoints = distributed.run_on_rank_zero(lambda: Path(tempfile.mkdtemp(dir=workspace)))
         fit(model, prepared.manifest, prepared.photos, config, form, checkpoints=checkpoints, on_epoch=lambda *_: False)
         distributed.gather(None)  # all are still there when each looks at its share

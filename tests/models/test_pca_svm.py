@@ -75,12 +75,21 @@ def test_more_than_max_train_is_thinned_out_at_random_but_repeatably(tmp_path: P
     assert not torch.equal(first.mean, other.mean)
 
 
-def test_fewer_photos_than_components(tmp_path: Path) -> None:
-    cache, hashes, photos = random_photos(tmp_path, 12)
-    model = fit_pca_svm((1, 2), cache, hashes, np.tile([1, 2], 6), PcaSvmConfig(components=60), seed=0)
-    assert model.spec.options["components"] == 12
+def test_fewer_photos_than_components_is_no_constant(tiny_bench) -> None:
+    train, test = tiny_bench.manifest.split("train").head(32), tiny_bench.manifest.split("test")
+    model = fit_pca_svm(
+        (1, 2, 3),
+        tiny_bench.photos,
+        train["hash"].tolist(),
+        train["quantity"].to_numpy(),
+        PcaSvmConfig(components=60),
+        seed=0,
+    )
+    assert model.spec.options["components"] == 8
     with torch.no_grad():
-        assert torch.isfinite(model(torch.from_numpy(photos))).all()
+        answers = model(torch.from_numpy(tiny_bench.photos.read(test["hash"].tolist()))).argmax(1).numpy() + 1
+    assert len(set(answers)) > 1
+    assert (answers == test["quantity"].to_numpy()).mean() > (test["quantity"] == 3).mean() + 0.1
 
 
 def test_it_learns_what_can_be_learnt(tiny_bench) -> None:

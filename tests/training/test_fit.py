@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
 
 import tiny_training
 from stocktake.commands.stage_runs import PreparedData
@@ -20,9 +21,10 @@ from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import confusion_matrix, scores
 from stocktake.models.inference import predict
 from stocktake.models.network import NetworkModel, create_network
-from stocktake.models.precision import PLAIN, Precision
-from stocktake.training.checkpoints import BEST, LAST
-from stocktake.training.fit import FitResult, fit
+from stocktake.models.precision import Precision
+from stocktake.tracking.runs import sigterm_raises
+from stocktake.training.checkpoints import BEST, LAST, SIGTERM, find_checkpoint, stored_precision
+from stocktake.training.fit import EpochLogger, FitResult, fit
 from tiny_bins import PLAIN_BACKBONE, TINY_BACKBONE, TINY_SIZE
 
 NUMBER = r"-?\d+\.\d+"
@@ -64,7 +66,7 @@ def train(
     given: FinetuneConfig,
     checkpoints: Path,
     *,
-    precision: Precision = PLAIN,
+    precision: Precision = "fp32",
     interrupt_at: int | None = None,
     stop_at: int | None = None,
 ) -> Training:
@@ -161,7 +163,6 @@ BRANCHES = {
     "sgd": {"optimizer": "sgd", "schedule": "cosine"},
     "adamw": {"optimizer": "adamw", "schedule": "one_cycle"},
     "smoothed": {"accumulate": 2, "label_smoothing": 0.1, "ordinal_smoothing": 0.1, "class_weight": "balanced"},
-    "dropout": {"backbone": PLAIN_BACKBONE, "lr": 3e-4},
     "frozen": {"freeze_epochs": 2, "schedule": "step", "augment": "full", "gradient_clip": 0.1},
 }
 
@@ -182,6 +183,50 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(branch: str, few_bins:
     assert one["lr_schedulers"] == other["lr_schedulers"]
     for key, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][key]), key
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sigterm_ends_after_a_step_and_resuming_is_the_same_as_never_stopped(
+    accumulate: int, few_bins: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(epochs=3, batch_size=2, accumulate=accumulate)
+    whole = train(few_bins, given, tmp_path / "whole")
+
+    def end(_line: EpochLogger, trainer: Trainer, _module: Any, _batch: Any, index: int) -> None:
+        if (trainer.current_epoch, index) == (1, 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EpochLogger, "on_train_batch_start", end)
+        with pytest.raises(SystemExit) as ended, sigterm_raises():
+            train(few_bins, given, tmp_path / "ended")
+    assert ended.value.code == 128 + signal.SIGTERM, "the caller's handler"
+    checkpoint = find_checkpoint(tmp_path / "ended")
+    assert checkpoint == tmp_path / "ended" / SIGTERM
+    assert torch.load(checkpoint, weights_only=True)["BinsDataModule"] == {"epoch": 1, "batches": 2}
+    resumed = train(few_bins, given, tmp_path / "ended")
+    assert resumed.epochs == [2, 3]
+    assert resumed.of("val/loss") == whole.of("val/loss")[1:]
+    assert resumed.figures[1] == whole.figures[2]
+    assert_same_weights(resumed.model, whole.model)
+    assert find_checkpoint(tmp_path / "ended") == tmp_path / "ended" / LAST
+
+
+def test_patience_counts_on_when_resumed(few_bins: PreparedData, tmp_path: Path) -> None:
+    """The bad epochs before count, and it is the patience that is given now."""
+    still = {"lr": 1e-12, "schedule": "constant"}
+    whole = train(few_bins, config(epochs=12, patience=100, **still), tmp_path / "whole").of("val/macro_f1")
+    best = whole.index(max(whole[:4]))
+    train(few_bins, config(epochs=12, patience=100, **still), tmp_path / "a", stop_at=best + 3)
+    resumed = train(few_bins, config(epochs=12, patience=3, **still), tmp_path / "a")
+    assert resumed.epochs == [best + 4], "two bad epochs before, and one more"
+
+
+def test_the_number_format_of_a_checkpoint_is_known(few_bins: PreparedData, tmp_path: Path) -> None:
+    train(few_bins, config(epochs=1), tmp_path, precision="bf16")
+    assert stored_precision(tmp_path / LAST) == "bf16"
+    with pytest.raises(StocktakeError, match="--precision bf16"):
+        train(few_bins, replace(config(epochs=1), precision="fp32"), tmp_path)
 
 
 def test_ctrl_c_is_still_heard_after_an_interrupted_training(few_bins: PreparedData, tmp_path: Path) -> None:
@@ -251,7 +296,7 @@ def test_going_on_with_other_settings_is_told(
 @pytest.mark.slow
 def test_bf16_on_the_cpu(tiny_bench: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=3, **LEARNS_FAST)
-    training = train(tiny_bench, given, tmp_path / "bf16", precision=Precision("bf16", channels_last=False))
+    training = train(tiny_bench, given, tmp_path / "bf16", precision="bf16")
     assert training.of("train/loss")[-1] < training.of("train/loss")[0]
     assert {value.dtype for value in training.model.parameters()} == {torch.float32}
     plain = train(tiny_bench, given, tmp_path / "fp32")
@@ -269,7 +314,7 @@ def test_gradients_are_clipped(few_bins: PreparedData, tmp_path: Path) -> None:
         return float(torch.cat([part.flatten() for part in moved]).norm())
 
     hardly, freely = distance("hardly", 1e-4), distance("freely", 0)
-    assert hardly < 0.05 * freely
+    assert hardly < 0.25 * freely
 
 
 @pytest.mark.slow

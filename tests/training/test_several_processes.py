@@ -19,7 +19,7 @@ from stocktake import distributed
 from stocktake.commands.stage_runs import PreparedData
 from stocktake.errors import StocktakeError
 from stocktake.models.network import create_network
-from stocktake.models.precision import PLAIN, Precision
+from stocktake.models.precision import Precision
 from stocktake.training.checkpoints import BEST, LAST
 from stocktake.training.data import BatchSampler, BinsDataModule, EpochSampler, collate
 from stocktake.training.module import NetworkModule
@@ -95,7 +95,7 @@ def test_two_processes_learn_what_one_does(
 ) -> None:
     given = config(**BRANCHES[branch])
     alone = train(tiny_bench, given, tmp_path / "alone", batchnorm=False)
-    first, second = pair.run(train, tiny_bench, given, tmp_path / "pair", None, PLAIN, False)
+    first, second = pair.run(train, tiny_bench, given, tmp_path / "pair", None, "fp32", False)
     assert_same_curve(alone[0], first[0])
     assert alone[0][0]["train/loss"] != alone[0][-1]["train/loss"]
     assert second[0] == [], "only the first process is told"
@@ -120,7 +120,7 @@ def test_on_a_cpu_each_process_normalises_its_share(pair: ProcessGroup, few_bins
 
 def test_bf16_in_two_processes(pair: ProcessGroup, few_bins: PreparedData, tmp_path: Path) -> None:
     given = config(epochs=1, batch_size=4)
-    form = Precision("bf16", channels_last=True)
+    form: Precision = "bf16"
     alone = train(few_bins, given, tmp_path / "alone", precision=form, batchnorm=False)
     first, _ = pair.run(train, few_bins, given, tmp_path / "pair", None, form, False)
     assert first[0][0]["train/loss"] == pytest.approx(alone[0][0]["train/loss"], rel=0.05)
@@ -200,14 +200,14 @@ def test_another_number_of_processes_goes_on(
     given = config(epochs=4, batch_size=4)
     whole = train(few_bins, given, tmp_path / "whole", batchnorm=False)
     if begun_by == "two":
-        pair.run(train, few_bins, given, tmp_path / "begun", 2, PLAIN, False)
+        pair.run(train, few_bins, given, tmp_path / "begun", 2, "fp32", False)
         gone_on = train(few_bins, given, tmp_path / "begun", batchnorm=False)
     else:
         train(few_bins, given, tmp_path / "begun", stop_at=2, batchnorm=False)
         # another machine sees no file of the first one's
         places = ByRank(tmp_path / "begun", tmp_path / "elsewhere")
         with_workspace = replace(given, workspace=str(tmp_path / "workspace"))
-        gone_on, other = pair.run(train, few_bins, with_workspace, places, None, PLAIN, False)
+        gone_on, other = pair.run(train, few_bins, with_workspace, places, None, "fp32", False)
         assert not (tmp_path / "elsewhere").exists()
         assert list((tmp_path / "workspace").iterdir()) == []
         for name, value in gone_on[2].items():
@@ -223,7 +223,7 @@ def test_what_goes_wrong_in_all_is_told_by_all(pair: ProcessGroup, few_bins: Pre
         (config(batch_size=4, lr=100.0, optimizer="sgd", gradient_clip=0, epochs=8), "lower --lr"),
     ):
         with pytest.raises(StocktakeError, match=said):
-            pair.run(train, few_bins, settings, tmp_path / said[:12], None, PLAIN, False)
+            pair.run(train, few_bins, settings, tmp_path / said[:12], None, "fp32", False)
     assert [pid for pid, _ in pair.run(_who)] == [pid for pid, _ in pair.run(_who)], "they are well"
 
 

@@ -16,9 +16,9 @@ from stocktake.errors import StocktakeError
 from stocktake.evaluation.figures import plot_curves
 from stocktake.models.inference import pick_device
 from stocktake.models.network import NetworkModel, create_network
-from stocktake.models.precision import choose_precision
+from stocktake.models.precision import Precision, choose_precision
 from stocktake.tracking.runs import TrackedRun
-from stocktake.training.checkpoints import LAST
+from stocktake.training.checkpoints import find_checkpoint, stored_precision
 from stocktake.training.fit import EpochVerdict, FitResult, fit
 
 LR_RULE = "lr belongs to the global batch: it is the same for any number of processes"
@@ -52,7 +52,7 @@ def train_network(
 ) -> tuple[NetworkModel, FitResult]:
     """Train on the train split and leave the network at its best epoch on val.
 
-    A last.ckpt in the run's folder is gone on from. `should_stop` is told each epoch's figures and its number from 1,
+    A checkpoint in the run's folder is resumed. `should_stop` is told each epoch's figures and its number from 1,
     and may end the training. The processes of a distributed job call this together; the first one's `run` and
     `should_stop` count.
     """
@@ -62,10 +62,8 @@ def train_network(
         _log_world(run, config, world)
     checkpoints = distributed.run_on_rank_zero(lambda: _checkpoints(run, config, manifest.fingerprint))
     model = create_network(manifest.labels, config.image_size, config.backbone, config.weights, seed=config.seed)
-    precision = distributed.run_on_rank_zero(
-        lambda: choose_precision(model, "train", config.precision, pick_device(), Path(config.workspace))
-    )
-    run.set_tags({"precision": str(precision)})
+    precision = distributed.run_on_rank_zero(lambda: _precision(model, config, checkpoints))
+    run.set_tags({"precision": precision})
     epochs: list[dict[str, float]] = []
 
     def on_epoch(figures: Mapping[str, float], epoch: int) -> bool:
@@ -78,6 +76,14 @@ def train_network(
     if epochs:
         plot_curves(pd.DataFrame(epochs), run.artifacts / "curves.png")
     return model, fitted
+
+
+def _precision(model: NetworkModel, config: FinetuneConfig, checkpoints: Path) -> Precision:
+    """Of the checkpoint that is resumed, which may come from another machine; else by the rule."""
+    checkpoint = find_checkpoint(checkpoints)
+    if checkpoint is not None and config.precision == "auto":
+        return stored_precision(checkpoint)
+    return choose_precision(model, config.precision, pick_device())
 
 
 def _log_world(run: TrackedRun, config: FinetuneConfig, world: distributed.World) -> None:
@@ -113,8 +119,8 @@ def resumed_checkpoints(folder: Path, fingerprint: str) -> Path:
         StocktakeError: there are none, or they were made from other bins or splits.
     """
     checkpoints = folder / "checkpoints"
-    if not (checkpoints / LAST).exists():
-        raise StocktakeError(f"--resume {folder}: there is no checkpoints/{LAST} in it; give the folder of a run")
+    if find_checkpoint(checkpoints) is None:
+        raise StocktakeError(f"--resume {folder}: there is no checkpoint in checkpoints/; give the folder of a run")
     data = (checkpoints / DATA).read_text() if (checkpoints / DATA).exists() else ""
     if data != fingerprint:
         raise StocktakeError(

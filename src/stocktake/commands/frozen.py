@@ -14,7 +14,7 @@ from stocktake.evaluation.metrics import confusion_matrix, scores
 from stocktake.models.inference import pick_device
 from stocktake.models.linear_probe import extract_features, fit_head
 from stocktake.models.network import NetworkModel, create_network
-from stocktake.models.precision import choose_precision
+from stocktake.models.precision import Precision
 from stocktake.tracking.runs import TrackedRun
 
 
@@ -32,7 +32,8 @@ def train_frozen(run: TrackedRun, config: FrozenConfig, prepared: PreparedData) 
     began = time.monotonic()
     manifest, workspace, device = prepared.manifest, Path(config.workspace), pick_device()
     model = create_network(manifest.labels, config.image_size, config.backbone, config.weights, seed=config.seed)
-    precision = choose_precision(model, "infer", config.precision, device, workspace)
+    # features and figures are those of the served graph unless bf16 is asked for
+    precision: Precision = "bf16" if config.precision == "bf16" else "fp32"
     features, computed = extract_features(
         model,
         prepared.photos,
@@ -42,7 +43,7 @@ def train_frozen(run: TrackedRun, config: FrozenConfig, prepared: PreparedData) 
         device=device,
         workspace=workspace,
     )
-    run.set_tags({"precision": str(precision)})
+    run.set_tags({"precision": precision})
     run.log_metrics({"features/computed": computed, "features/seconds": time.monotonic() - began})
     split, quantities = manifest.bins["split"].to_numpy(), manifest.bins["quantity"].to_numpy()
     train, val = split == "train", split == "val"

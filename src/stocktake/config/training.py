@@ -26,7 +26,7 @@ class PcaSvmConfig(Settings):
     pixels: Annotated[int, Field(ge=1, le=256)] = 32
     """The photo is averaged down to this many pixels a side before PCA."""
     components: Annotated[int, Field(ge=1)] = 60
-    """Principal components kept."""
+    """Principal components kept; at most one for every 4 bins of train."""
     c: Annotated[float, Field(ge=1e-12)] = 3.0
     """Penalty of the SVM."""
     gamma: Annotated[float, Field(ge=1e-12)] | None = None
@@ -51,13 +51,14 @@ class NetworkConfig(ImageConfig):
     """A run with a backbone."""
 
     backbone: str = "efficientnet_lite0"
-    """efficientnet_lite0, or any torchvision classifier: resnet18, resnet34, resnet50, ..."""
+    """efficientnet_lite0, or any model of timm: resnet18, resnet34, resnet50, ..."""
     weights: str = "imagenet"
     """imagenet, none, or the path of a checkpoint (.safetensors, .pth)."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Photos a step, over all processes."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: the fastest of precision and memory layout for this backbone on this processor, measured once."""
+    """Of training. auto: bf16 on GPUs that have it and on CPUs with avx512_bf16 or AMX, there not for networks with
+    depthwise convolutions; else fp32. Features of a frozen backbone are fp32 unless bf16 is given."""
 
 
 @dataclass
@@ -112,9 +113,6 @@ class TrainingConfig(Settings):
     """Processes that load photos. Default: none on a CPU, one a core beside a GPU."""
     max_steps: Annotated[int, Field(ge=-1, le=1e12)] = -1
     """Stop after this many steps; -1: no limit. For quick looks."""
-    checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 10.0
-    """Also write last.ckpt within an epoch, this often; --resume goes on there, to the same figures. 0: at the end of
-    epochs, and on SIGTERM, only."""
     sync_batchnorm: bool = True
     """With several GPUs, normalise over the whole batch (nn.SyncBatchNorm), so that their number does not change what
     is learnt. false, and always on CPUs: each process normalises its own share of the batch."""

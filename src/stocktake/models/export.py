@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from stocktake.models.counting_model import CountingModel
-from stocktake.models.network import NetworkModel
 
 GRAPH = "model.onnx"
 DESCRIPTION = "model.json"
@@ -35,8 +34,6 @@ def export_model(model: CountingModel, folder: Path, calibration: Mapping[str, o
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = model.cpu().eval()
-    if isinstance(model, NetworkModel):
-        model.lay_out(True)
     size = model.spec.image_size
     example = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

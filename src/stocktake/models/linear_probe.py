@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from stocktake.data.array_cache import ArrayCache
 from stocktake.data.images import PREPROCESSING_VERSION
 from stocktake.errors import StocktakeError
 from stocktake.models.network import NetworkModel
-from stocktake.models.precision import Precision
+from stocktake.models.precision import Precision, autocast
 from stocktake.progress import progress
 
 _CHUNK = 512
@@ -56,9 +57,8 @@ def _fill(
 ) -> int:
     missing = cache.missing(hashes)
     model.eval().to(device)
-    model.lay_out(precision.channels_last)
     title = f"extracting features of {model.spec.options['backbone']}"
-    with progress(title, len(missing)) as advance, torch.inference_mode(), precision.autocast(device):
+    with progress(title, len(missing)) as advance, torch.inference_mode(), autocast(precision, device):
         for begin in range(0, len(missing), _CHUNK):
             found: dict[str, npt.NDArray[np.float32]] = {}
             chunk = missing[begin : begin + _CHUNK]
@@ -75,7 +75,7 @@ def backbone_fingerprint(model: NetworkModel, precision: Precision) -> str:
     """Of the weights, the photo's size and scale, and the number format."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(
-        f"{model.spec.options['backbone']} {model.spec.image_size} {precision.dtype} v{PREPROCESSING_VERSION}".encode()
+        f"{model.spec.options['backbone']} {model.spec.image_size} {precision} v{PREPROCESSING_VERSION}".encode()
     )
     tensors = {**model.backbone.state_dict(), "mean": model.mean, "std": model.std}
     for name, tensor in sorted(tensors.items()):
@@ -104,44 +104,20 @@ def fit_head(
     Raises:
         StocktakeError: features that are no numbers.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     mean, std = features.mean(0), features.std(0) + np.float32(1e-6)
     standard = (features - mean) / std
     if not np.isfinite(standard).all():
         raise StocktakeError(f"--backbone {model.spec.options['backbone']} gives features that are not finite numbers")
-    targets = np.searchsorted(model.spec.labels, quantities)
-    weight, bias = _logistic_regression(standard, targets, len(model.spec.labels), c, balanced)
+    classifier = LogisticRegression(C=c, class_weight="balanced" if balanced else None, max_iter=200, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 steps are enough: the best c is chosen on val
+        classifier.fit(standard, quantities)
+    weight, bias = classifier.coef_, classifier.intercept_
+    if len(weight) == 1:  # of two classes scikit-learn keeps the difference
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight / std))
         model.head.bias.copy_(torch.from_numpy(bias - (weight / std) @ mean))
-
-
-def _logistic_regression(
-    standard: npt.NDArray[np.float32], targets: npt.NDArray[np.integer], classes: int, c: float, balanced: bool
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Weights (classes, d) and biases (classes,) of rows (n, d) that belong to the classes `targets` (n,).
-
-    The problem, the solver and its limits are those of scikit-learn's LogisticRegression(C=c, max_iter=200, tol=1e-3),
-    and so is the answer; but the two products of matrices, which are nearly all of the work, are torch's.
-    """
-    from scipy.optimize import minimize
-
-    rows = torch.from_numpy(standard)
-    wanted = torch.nn.functional.one_hot(torch.from_numpy(targets), classes).float()
-    share = wanted @ (1 / (classes * wanted.sum(0))) if balanced else torch.full((len(rows),), 1 / len(rows))
-    penalty = 1 / (c * len(rows))
-    if classes == 2:  # scikit-learn has one row of weights then, the difference of these two
-        penalty *= 2
-
-    def loss_and_gradient(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        table = torch.from_numpy(flat).view(classes, -1)
-        weight, bias = table[:, :-1], table[:, -1]
-        logs = torch.log_softmax(torch.addmm(bias.float(), rows, weight.float().T), 1)
-        slope = (logs.exp() - wanted) * share[:, None]
-        gradient = torch.cat([(slope.T @ rows).double() + penalty * weight, slope.double().sum(0)[:, None]], 1)
-        loss = penalty / 2 * (weight**2).sum() - (share * (logs * wanted).sum(1)).double().sum()
-        return loss.item(), gradient.view(-1).numpy()
-
-    start = np.zeros(classes * (standard.shape[1] + 1))
-    limits = {"maxiter": 200, "maxls": 50, "gtol": 1e-3, "ftol": 64 * np.finfo(float).eps}
-    found = minimize(loss_and_gradient, start, method="L-BFGS-B", jac=True, options=limits).x.reshape(classes, -1)
-    return found[:, :-1], found[:, -1]

@@ -21,6 +21,7 @@ class NetworkModel(CountingModel):
         super().__init__(spec)
         name = str(spec.options["backbone"])
         self.backbone, features = create_backbone(name, spec.image_size)
+        self.backbone.to(memory_format=torch.channels_last)
         self.head = nn.Linear(features, len(spec.labels))
         mean, std = pixel_scale(name)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -32,24 +33,10 @@ class NetworkModel(CountingModel):
         return logits.float()
 
     def features(self, photos: Tensor) -> Tensor:
-        """(n, features) of photos (n, size, size, 3) uint8.
-
-        The permuted photos are channels-last in memory, which is the fast layout; a backbone that prefers the other
-        one makes its own copy.
-        """
+        """(n, features) of photos (n, size, size, 3) uint8; the permuted photos are channels-last in memory."""
         scaled = (photos.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        if not self.channels_last:
-            scaled = scaled.contiguous()
-        given: Tensor = self.backbone(scaled)
-        return given
-
-    channels_last: bool = True
-
-    def lay_out(self, channels_last: bool) -> NetworkModel:
-        """Choose the memory layout of the backbone's weights and activations; the figures stay the same."""
-        self.channels_last = channels_last
-        self.backbone.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        return self
+        features: Tensor = self.backbone(scaled)
+        return features
 
 
 def create_network(
@@ -60,5 +47,5 @@ def create_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = NetworkModel(spec)
-    load_backbone_weights(model.backbone, backbone, weights)
+    load_backbone_weights(model.backbone, backbone, weights, image_size)
     return model

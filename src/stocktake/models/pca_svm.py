@@ -16,6 +16,7 @@ from stocktake.data.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel, ModelSpec
 
 _CHUNK = 512
+_BINS_A_COMPONENT = 4
 
 
 class PcaSvmModel(CountingModel):
@@ -99,7 +100,8 @@ def fit_pca_svm(
         ]
     )
     quantities = quantities[chosen]
-    components = min(config.components, *pixels.shape)
+    # with as many components as bins, whitening puts all bins equally far apart, and the machine learns nothing
+    components = max(1, min(config.components, len(pixels) // _BINS_A_COMPONENT, pixels.shape[1]))
     pca = PCA(components, whiten=True, svd_solver="randomized", random_state=seed).fit(pixels)
     gamma = config.gamma or 1 / components
     machine = SVC(C=config.c, gamma=gamma, class_weight="balanced", cache_size=500).fit(

@@ -1,9 +1,4 @@
-"""Checkpoints: of the best epoch and the latest, and of where within an epoch a training is.
-
-A training goes on within an epoch as if it had never stopped. Lightning restores weights, optimizer, schedule and its
-own counters; the data module says which batch is next, the module what it has counted; all else that is random is
-drawn by (seed, epoch, batch or row).
-"""
+"""Checkpoints, by Lightning: of the best epoch, of the latest, and of where SIGTERM came."""
 
 from __future__ import annotations
 
@@ -12,29 +7,30 @@ import io
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from types import FrameType
 from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from stocktake import distributed
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
-from stocktake.training.module import SETTINGS, mean_over_ranks, resume_settings
+from stocktake.files import atomic_write
+from stocktake.models.precision import Precision
+from stocktake.training.module import SETTINGS, resume_settings
 
-BEST, LAST = "best.ckpt", "last.ckpt"
+BEST, LAST, SIGTERM = "best.ckpt", "last.ckpt", "sigterm.ckpt"
 
 
-class Renamed(TorchCheckpointIO):
-    """Written beside and renamed: Lightning's own way is by the system's temporary folder, on another disk a copy."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own writes through the system's temporary folder, which on another disk is a copy."""
 
     def save_checkpoint(
         self,
@@ -42,15 +38,13 @@ class Renamed(TorchCheckpointIO):
         path: str | Path,
         storage_options: Any | None = None,  # noqa: ARG002
     ) -> None:
-        """Who reads `path` at any time finds a whole checkpoint, or none yet."""
-        beside = Path(path).with_name(f".{Path(path).name}.part")
+        """Write a whole checkpoint, or none."""
         content = io.BytesIO()  # torch's own errors hide those of a file: a full disk, Ctrl-C
         torch.save(checkpoint, content)
-        beside.write_bytes(content.getbuffer())
-        beside.replace(path)
+        atomic_write(Path(path), content.getvalue())
 
 
-class Checkpoint(ModelCheckpoint):
+class RelocatableCheckpoint(ModelCheckpoint):
     """Still knows its best epoch when the run's folder was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -64,85 +58,43 @@ class Checkpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, **paths, "best_k_models": ranked, "dirpath": self.dirpath})
 
 
-class WithinEpoch(Callback):
-    """Writes last.ckpt within an epoch too: every `minutes`, and when the process is told to end.
+class SigtermCheckpoint(OnExceptionCheckpoint):
+    """On SIGTERM a process on its own ends after the step under way, with a checkpoint within the epoch.
 
-    SIGTERM ends the training after the step, or the end of an epoch, that is under way; in a validation, or when it
-    comes again, at once. All processes write and end after the same step, as soon as one of them is told to.
+    In a distributed job Lightning would answer the signal with a broadcast, which waits for processes that are gone:
+    there the handler of before is put back, and the last epoch's checkpoint is the one to resume.
     """
 
-    def __init__(self, last: Path, minutes: float) -> None:
-        """minutes: 0 for SIGTERM only."""
-        self._last = last
-        self._seconds = 60 * minutes
-        self._written = time.monotonic()
-        self._is_amid = False
-        """Whether what is under way ends with a checkpoint, for which SIGTERM waits."""
-        self._is_told = False
-        self._heard = signal.getsignal(signal.SIGTERM)
+    def __init__(self, checkpoints: Path, handler: Any) -> None:
+        """handler: of SIGTERM in a distributed job."""
+        super().__init__(checkpoints, Path(SIGTERM).stem)
+        self._handler = handler
 
-    def on_train_start(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """Listen, in Lightning's place: it would end at once, or wait in a broadcast for processes that are gone."""
-        self._written = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._heed)
+    def on_train_start(self, trainer: Trainer, _module: LightningModule) -> None:
+        """Put the handler back."""
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """A step can be kept."""
-        self._is_amid = True
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Save between two steps only: gradients that are added up, and a validation, are in no checkpoint."""
+        loop = trainer.fit_loop.epoch_loop
+        has_stepped = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if isinstance(exception, SIGTERMException) and has_stepped and not loop.batch_progress.is_last_batch:
+            super().on_exception(trainer, module, exception)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, _o: Any, _b: Any, index: int) -> None:
-        """Write between two steps; what a validation follows Lightning could not go on with."""
-        if trainer.is_last_batch or trainer.should_stop:
-            self._pause()
-            return
-        if (index + 1) % trainer.accumulate_grad_batches:
-            return  # gradients are not in a checkpoint
-        is_due = distributed.is_rank_zero() and 0 < self._seconds <= time.monotonic() - self._written
-        device = module.device if distributed.world().size > 1 else "cpu"  # alone, no step waits for the GPU
-        wishes = torch.tensor([self._is_told, is_due], dtype=torch.float32, device=device)
-        error_recorded, is_due = (mean_over_ranks(wishes) > 0).tolist()
-        if error_recorded or is_due:
-            trainer.save_checkpoint(self._last)
-            self._written = time.monotonic()
-        if error_recorded:
-            self._end()
 
-    def on_validation_end(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """The epoch's own checkpoint is about to be written."""
-        self._is_amid = True
+class ResumableEarlyStopping(EarlyStopping):
+    """Takes the count of bad epochs from a checkpoint, and the patience from the settings."""
 
-    def on_train_epoch_start(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """The last epoch's checkpoint counts."""
-        self._written = time.monotonic()
-        self._pause()
-
-    def on_train_end(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """All is written."""
-        self._pause()
-
-    def _pause(self) -> None:
-        self._is_amid = False
-        if self._is_told:
-            self._end()
-
-    def _heed(self, _number: int, _frame: FrameType | None) -> None:
-        if self._is_amid and not self._is_told:
-            self._is_told = True
-        else:
-            self._end()
-
-    def _end(self) -> None:
-        """End as the process would have ended without a training."""
-        if not callable(self._heard):
-            raise SystemExit(128 + signal.SIGTERM)
-        self._heard(signal.SIGTERM, None)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning alone takes the patience of the checkpoint."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 @contextmanager
-def everywhere(file: Path, exists: bool, workspace: Path) -> Iterator[Path | None]:
-    """The first process's file, on every machine; None where it does not exist there."""
-    if not exists:
+def checkpoint_on_all_nodes(file: Path | None, workspace: Path) -> Iterator[Path | None]:
+    """Rank 0's file, on every machine; a copy lasts as long as the block."""
+    if file is None:
         yield None
         return
     digest = distributed.run_on_rank_zero(lambda: _digest(file))
@@ -174,26 +126,43 @@ def best_weights(checkpoint: Path) -> tuple[int, dict[str, torch.Tensor]]:
     return int(state["epoch"]) + 1, weights
 
 
-def check_resumable(last: Path, config: FinetuneConfig) -> None:
-    """Raises StocktakeError unless going on from this checkpoint gives what never stopping would have given.
+def find_checkpoint(checkpoints: Path) -> Path | None:
+    """The latest checkpoint of a folder: of an epoch's end, or of a SIGTERM after it. None: there is none.
 
-    Rates, schedule and optimizer come out of the checkpoint: changed settings would be ignored without a word.
+    Raises:
+        StocktakeError: one is damaged.
     """
-    try:
-        then: dict[str, object] = torch.load(last, weights_only=True, map_location="cpu")[SETTINGS]
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise StocktakeError(f"{last} is no checkpoint to go on from ({reason}): train anew without --resume") from None
+    files = [checkpoints / name for name in (LAST, SIGTERM) if (checkpoints / name).is_file()]
+    return max(files, key=lambda path: int(_load(path)["global_step"]), default=None)
+
+
+def stored_precision(checkpoint: Path) -> Precision:
+    """The number format that a training began with."""
+    precision: Precision = _load(checkpoint)[SETTINGS]["precision"]
+    return precision
+
+
+def check_resumable(checkpoint: Path, config: FinetuneConfig) -> None:
+    """Raises StocktakeError unless resuming gives what never stopping would have given.
+
+    Rates, schedule and optimizer come out of the checkpoint: changed settings would be ignored silently.
+    """
+    then: dict[str, object] = _load(checkpoint)[SETTINGS]
     now = resume_settings(config)
+    if config.precision != "auto":
+        now["precision"] = config.precision
     # a setting that the checkpoint does not know is younger than it
     differing = [f"--{name} {then[name]} (now {now[name]})" for name in now if then.get(name, now[name]) != now[name]]
     if differing:
-        raise StocktakeError(f"{last} was trained with {', '.join(differing)}: give the same, or train anew")
+        raise StocktakeError(f"{checkpoint} was trained with {', '.join(differing)}: give the same, or train anew")
 
 
-def is_resumable(last: Path, config: FinetuneConfig) -> bool:
-    """Whether there is a checkpoint; StocktakeError where there is one that cannot be gone on from."""
-    if not last.exists():
-        return False
-    check_resumable(last, config)
-    return True
+def _load(checkpoint: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+        return {name: content[name] for name in ("global_step", SETTINGS)}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise StocktakeError(
+            f"{checkpoint} is no checkpoint to resume ({reason}): train anew without --resume"
+        ) from None

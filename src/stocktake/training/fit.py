@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
-from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from stocktake import distributed
 from stocktake.config import FinetuneConfig
@@ -33,12 +34,14 @@ from stocktake.progress import shown
 from stocktake.training.checkpoints import (
     BEST,
     LAST,
-    Checkpoint,
-    Renamed,
-    WithinEpoch,
+    AtomicCheckpointIO,
+    RelocatableCheckpoint,
+    ResumableEarlyStopping,
+    SigtermCheckpoint,
     best_weights,
-    everywhere,
-    is_resumable,
+    check_resumable,
+    checkpoint_on_all_nodes,
+    find_checkpoint,
 )
 from stocktake.training.data import BinsDataModule
 from stocktake.training.module import NetworkModule
@@ -80,8 +83,7 @@ def fit(
         photos: every photo of the two splits, prepared at the model's size.
         config: epochs, rates, early stopping, ...
         precision: what to compute in.
-        checkpoints: folder of best.ckpt and last.ckpt; a last.ckpt in it is gone on from. The first process's: the
-            others need not see it.
+        checkpoints: folder of the checkpoints; the latest in it is resumed. Rank 0's: the others need not see it.
         on_epoch: told each epoch's figures, by the first process.
 
     Raises:
@@ -114,20 +116,23 @@ def fit(
         rank=world.rank,
         size=world.size,
     )
-    module = NetworkModule(model.lay_out(precision.channels_last), config, counts)
-    best = Checkpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
-    last = Checkpoint(checkpoints, "last", enable_version_counter=False)
-    early = EarlyStopping(MONITORED, mode="max", patience=config.training.patience)
-    within = WithinEpoch(checkpoints / LAST, config.training.checkpoint_minutes)
-    line = EpochLogger(on_epoch, config.lr)
-    callbacks: list[Callback] = [MaxStepsCallback(config.training.max_steps), within, line, early, best, last]
+    module = NetworkModule(model, config, counts, precision)
+    best = RelocatableCheckpoint(checkpoints, "best", monitor=MONITORED, mode="max", enable_version_counter=False)
+    callbacks: list[Callback] = [
+        MaxStepsCallback(config.training.max_steps),
+        SigtermCheckpoint(checkpoints, signal.getsignal(signal.SIGTERM)),
+        EpochLogger(on_epoch, config.lr),
+        ResumableEarlyStopping(MONITORED, mode="max", patience=config.training.patience),
+        best,
+        RelocatableCheckpoint(checkpoints, Path(LAST).stem, enable_version_counter=False),
+    ]
     is_shown = shown() and world.rank == 0
     if is_shown:
         callbacks.append(TQDMProgressBar(leave=False))
     trainer = Trainer(
         max_epochs=config.epochs,
         max_steps=config.training.max_steps,
-        precision="bf16-mixed" if precision.dtype == "bf16" else "32-true",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
         callbacks=callbacks,
         gradient_clip_val=config.training.gradient_clip or None,
         accumulate_grad_batches=config.training.accumulate,
@@ -139,15 +144,13 @@ def fit(
         default_root_dir=checkpoints,
         **_devices(world, config),
     )
-    has_earlier = distributed.run_on_rank_zero(lambda: is_resumable(checkpoints / LAST, config))
-    with (
-        everywhere(checkpoints / LAST, has_earlier, Path(config.workspace)) as resumed,
-        _interruptible(),
-    ):
+    name = distributed.run_on_rank_zero(lambda: _resumable(checkpoints, config))
+    checkpoint = checkpoints / name if name else None
+    with checkpoint_on_all_nodes(checkpoint, Path(config.workspace)) as resumed, _signals(world):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     best_epoch, weights = distributed.run_on_rank_zero(lambda: best_weights(checkpoints / BEST))
     model.load_state_dict(weights)
-    model.lay_out(True).eval()
+    model.eval()
     return FitResult(
         best_epoch=best_epoch,
         epochs=int(trainer.current_epoch),
@@ -158,7 +161,7 @@ def fit(
 def _devices(world: distributed.World, config: FinetuneConfig) -> dict[str, Any]:
     """The Trainer's arguments that say where it computes, and how its files are written."""
     if world.size == 1:
-        return {"accelerator": "auto", "devices": 1, "plugins": [Renamed()]}
+        return {"accelerator": "auto", "devices": 1, "plugins": [AtomicCheckpointIO()]}
     strategy = DDPStrategy(
         process_group_backend=world.backend,
         timeout=timedelta(seconds=config.training.collective_timeout),
@@ -170,7 +173,7 @@ def _devices(world: distributed.World, config: FinetuneConfig) -> dict[str, Any]
         "devices": world.local_size,
         "num_nodes": world.nodes,
         "strategy": strategy,
-        "plugins": [TorchElasticEnvironment(), Renamed()],
+        "plugins": [TorchElasticEnvironment(), AtomicCheckpointIO()],
         "sync_batchnorm": config.training.sync_batchnorm and world.backend == "nccl",  # torch has none for the CPU
     }
 
@@ -197,20 +200,10 @@ class EpochLogger(Callback):
         self._on_epoch = on_epoch
         self._lr = lr
         self._started = time.monotonic()
-        self._earlier = 0.0
-        """Seconds of the epoch before the training was cut off within it."""
-
-    def state_dict(self) -> dict[str, float]:
-        """The seconds of the epoch so far."""
-        return {"seconds": time.monotonic() - self._started}
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Those of an epoch that goes on."""
-        self._earlier = state_dict["seconds"]
 
     def on_train_start(self, _trainer: Trainer, _module: LightningModule) -> None:
-        """Go on with the clock: an epoch that is gone on with has no start."""
-        self._started = time.monotonic() - self._earlier
+        """Start the clock: an epoch that is resumed has no start."""
+        self._started = time.monotonic()
 
     def on_train_epoch_start(self, _trainer: Trainer, _module: LightningModule) -> None:
         """Start the clock."""
@@ -243,19 +236,39 @@ class EpochLogger(Callback):
         return self._on_epoch(figures, epoch)
 
 
+def _resumable(checkpoints: Path, config: FinetuneConfig) -> str | None:
+    """The name of the checkpoint to resume."""
+    checkpoint = find_checkpoint(checkpoints)
+    if checkpoint is None:
+        return None
+    check_resumable(checkpoint, config)
+    return checkpoint.name
+
+
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C stays KeyboardInterrupt, and is heard afterwards: Lightning exits with 1 and turns the signal off."""
-    heard = signal.getsignal(signal.SIGINT)
+def _signals(world: distributed.World) -> Iterator[None]:
+    """Leave the training as its caller's handlers of SIGTERM and Ctrl-C do, which Lightning replaces.
+
+    Lightning calls the SIGTERM handler that it finds before a step has ended: out of its sight in the meantime.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if world.size == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     except SystemExit as error:
+        if isinstance(error, SIGTERMException):
+            signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
+            signal.raise_signal(signal.SIGTERM)
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, heard)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _quieten() -> None:

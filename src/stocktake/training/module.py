@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from stocktake import distributed
@@ -20,21 +20,23 @@ from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import scores
 from stocktake.models.network import NetworkModel
+from stocktake.models.precision import Precision
 
 SETTINGS = "stocktake.settings"
 """Where a checkpoint holds what it was trained with."""
-COUNTED = "stocktake.counted"
-"""Where it holds what each process had counted of an epoch's batches."""
 
 
 class NetworkModule(LightningModule):
     """Trains a NetworkModel; logs the val/ figures once an epoch."""
 
-    def __init__(self, model: NetworkModel, config: FinetuneConfig, train_counts: list[int]) -> None:
+    def __init__(
+        self, model: NetworkModel, config: FinetuneConfig, train_counts: list[int], precision: Precision = "fp32"
+    ) -> None:
         """Train `model` as `config` says; train_counts: bins of each class in the training split."""
         super().__init__()
         self.model = model
         self._config = config
+        self._precision = precision
         classes = len(model.spec.labels)
         weights = torch.ones(classes)
         if config.training.class_weight == "balanced":
@@ -88,20 +90,8 @@ class NetworkModule(LightningModule):
         self.log_dict({f"val/{name}": figures[name] for name in names}, sync_dist=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint was trained with, and what was counted of the epoch so far."""
-        checkpoint[SETTINGS] = resume_settings(self._config)
-        names = ("train_loss", "train_confusion")
-        checkpoint[COUNTED] = distributed.gather({name: _states(getattr(self, name)) for name in names})
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count on: each process where it was; of another number of processes the first one has it all."""
-        counted, world = checkpoint.get(COUNTED, []), distributed.world()
-        own = counted[world.rank : world.rank + 1] if len(counted) == world.size else counted * (world.rank == 0)
-        for share in own:
-            for name, states in share.items():
-                metric: Metric = getattr(self, name)
-                for state, value in states.items():
-                    setattr(metric, state, getattr(metric, state) + value.to(metric.device))
+        """Keep what the checkpoint was trained with."""
+        checkpoint[SETTINGS] = resume_settings(self._config) | {"precision": self._precision}
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, stepped with every batch."""
@@ -149,7 +139,7 @@ class NetworkModule(LightningModule):
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of each number over all processes; the value itself where there is one."""
+    """The mean of each number over all processes."""
     size = distributed.world().size
     if size > 1:
         torch.distributed.all_reduce(value)
@@ -157,15 +147,10 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def _states(metric: Metric) -> dict[str, Tensor]:
-    """What a metric has summed in this process."""
-    return {name: value.cpu() for name, value in metric.metric_state.items() if isinstance(value, Tensor)}
-
-
 def resume_settings(config: FinetuneConfig) -> dict[str, object]:
     """By option, what a training must have in common with the one that it goes on from."""
     names = ["backbone", "image_size", "seed", "batch_size", "lr", "weight_decay"]
-    free = {"workers", "patience", "collective_timeout", "world_size", "checkpoint_minutes"}
+    free = {"workers", "patience", "collective_timeout", "world_size"}
     if config.training.schedule == "constant":
         free.add("max_steps")
     else:
