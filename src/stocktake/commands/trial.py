@@ -28,7 +28,7 @@ from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.serving.predictor import Predictor
 from stocktake.tracking.runs import TrackedRun, start_run
-from stocktake.training.checkpoints import LAST
+from stocktake.training.checkpoints import find_checkpoint
 from stocktake.training.fit import EpochVerdict
 from stocktake.tuning.config_overrides import with_overrides
 from stocktake.tuning.search_defaults import STAGES, StageConfig
@@ -78,7 +78,7 @@ def _run(
 ) -> tuple[float, ...] | optuna.TrialPruned:
     """The trial's child run: its values, or why it was pruned, which is no failure of the run."""
     earlier = parent.parent / str(trial.user_attrs.get("folder"))
-    if isinstance(config, FinetuneConfig) and (earlier / "checkpoints" / LAST).is_file():
+    if isinstance(config, FinetuneConfig) and find_checkpoint(earlier / "checkpoints"):
         config = dataclasses.replace(config, resume=str(earlier))
     tags = run_tags(config, prepared.manifest, "trial")
     tags |= {"trial": str(trial.number), "trial.stage": spec.stage, "trial.state": "running"}
