@@ -89,7 +89,7 @@ def test_page_figures_and_metrics(tmp_path: Path, whole: Exploration) -> None:
     assert metrics["eda/photos_measured"] == 24
     assert sum(metrics[f"eda/bins_{label}"] for label in range(1, 6)) == 24
 
-    text = saved(whole, tmp_path)
+    text = saved(whole, tmp_path, root="<img src=x> & co")
     figures = {"classes", "sizes", "light", "extremes", "snapshots", "near_duplicates"}
     figures |= {f"samples_{label}" for label in range(1, 6)}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in figures} | {"eda.html"}
@@ -100,14 +100,9 @@ def test_page_figures_and_metrics(tmp_path: Path, whole: Exploration) -> None:
     assert not re.search(r"url\(|@import|https?://", text)
     assert "script" not in page.tags
     assert "&lt;script&gt;" in text
+    assert "&lt;img src=x&gt; &amp; co" in text
     for number in ("24", "12", "2.0 : 1", "100%"):
         assert number in text
-
-
-def test_names_from_outside_are_escaped(tmp_path: Path, whole: Exploration) -> None:
-    text = saved(whole, tmp_path, root="<img src=x> & co")
-    assert "&lt;img src=x&gt; &amp; co" in text
-    assert "x" not in Page(text).addresses
 
 
 def test_a_sample_is_bounded_and_the_page_says_so(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,22 +113,20 @@ def test_a_sample_is_bounded_and_the_page_says_so(tmp_path: Path, root: Path, mo
 
 
 def test_photos_that_go_away_are_counted(tmp_path: Path) -> None:
-    root = make_root(tmp_path / "bins")
+    root = make_root(tmp_path / "bins", 6)
     manifest = build_manifest(settings(tmp_path, root))
     (root / "bin-images" / "00003.jpg").unlink()
     (root / "bin-images" / "00004.jpg").write_bytes(b"")
     exploration = explore(manifest, seed=0, near=4)
-    assert exploration.metrics["eda/photos_measured"] == 22
+    assert exploration.metrics["eda/photos_measured"] == 4
     assert exploration.metrics["eda/photos_lost"] == 2
     assert "2 of them could not be read again" in saved(exploration, tmp_path / "out")
 
 
 def test_a_random_split_leaks_groups(tmp_path: Path) -> None:
-    config = settings(tmp_path, make_root(tmp_path / "bins", 60), "1-2")
+    config = settings(tmp_path, make_root(tmp_path / "bins", 40), "1-2")
     config.split.by = "id"
-    exploration = explore(build_manifest(config), seed=0, near=4)
-    assert exploration.metrics["eda/groups_across_splits"] > 0
-    assert "flatter the model" in saved(exploration, tmp_path / "out")
+    assert explore(build_manifest(config), seed=0, near=4).metrics["eda/groups_across_splits"] > 0
 
 
 def test_one_bin_and_the_same_seed_again(tmp_path: Path) -> None:
