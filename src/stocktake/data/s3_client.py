@@ -256,5 +256,5 @@ def _brief(error: Exception) -> str:
 
 
 def _code(error: Exception) -> str:
-    found = re.search(r"<Code>(\w+)</Code>", str(error))
-    return f" ({found[1]})" if found else ""
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    return f" ({code[1]})" if code else ""

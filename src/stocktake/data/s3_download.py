@@ -1,7 +1,7 @@
-"""A copy of a bucket's bins on this machine, in the same layout: downloaded once, and gone on with after a kill.
+"""A copy of a bucket's bins on this machine, in the same layout: downloaded once, resumed after a kill.
 
-A file that is there is whole: it was checked, and renamed when it was. What cannot be had is remembered with the
-reason; a bucket that does not answer ends the command, and the next one goes on.
+A file under its own name is whole: it was verified and then renamed. An object that the bucket refuses is remembered
+with the reason; a bucket that does not answer ends the command, and the next one resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNASKED = 20_000
 _HOPELESS = 20
 """So many failures in a row, and it is not the objects."""
 _ROUNDS = 16
-"""Requests of a thread between two looks at what failed."""
+"""Requests of a thread in a batch; failures are counted between batches and within them."""
 _PHOTOS, _RECORDS = "bin-images/", "metadata/"
 
 
@@ -42,7 +42,7 @@ class DownloadedSource(FolderSource):
     """The copy, with the reasons for what the bucket refused."""
 
     def __init__(self, folder: Path, root: str, chosen: Sequence[str] | None, refused: dict[str, str]) -> None:
-        """Look the copy over.
+        """Scan the copy once.
 
         Args:
             folder: with the copy.

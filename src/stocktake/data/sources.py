@@ -55,7 +55,7 @@ class FolderSource:
     """A folder with `bin-images/<id>.jpg` and `metadata/<id>.json`."""
 
     def __init__(self, folder: Path, root: str | None = None) -> None:
-        """Look the folder over once.
+        """Scan the folder once.
 
         Args:
             folder: with the bins.
