@@ -65,7 +65,8 @@ def tune(program: str) -> tuple[str, str]:
         max_parallel_jobs=2,
         strategy="Random",
     )
-    tuner.tune(inputs=[InputData(channel_name="program", data_source=program)], wait=True)
+    tuner.tune(inputs=[InputData(channel_name="program", data_source=program)], wait=False)
+    tuner.latest_tuning_job.wait(poll=1)
     return tuner.latest_tuning_job.hyper_parameter_tuning_job_name, tuner.best_training_job()
 
 
@@ -94,7 +95,8 @@ def deploy(model: str) -> str:
 def transform(objects: str) -> None:
     """A batch transform with the model of `deploy`, into OUTPUT."""
     transformer = Transformer("by-sdk", 1, "ml.m5.xlarge", output_path=OUTPUT, sagemaker_session=session())
-    transformer.transform(objects, content_type="text/plain", wait=True, logs=False)
+    transformer.transform(objects, content_type="text/plain", wait=False, logs=False)
+    transformer.latest_transform_job.wait(poll=1)
 
 
 if __name__ == "__main__":
