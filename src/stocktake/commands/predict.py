@@ -44,11 +44,11 @@ _SHOWN = 20
 
 
 def predict(config: PredictConfig) -> list[Row]:
-    """Count every photo; those that cannot be used are rejected: listed on stderr, their rows kept with the reason.
+    """Predict for every photo. Photos that cannot be used are listed on stderr; their rows have the reason.
 
     Returns:
         A row a photo, in the order given: photo, a CSV's other columns, recorded (its quantity), quantity, confidence,
-        quantities (that are likely), probabilities, variance (photo and record disagree), recount (the record is not
+        likely_quantities, probabilities, variance (photo and record disagree), recount (the record is not
         even likely), model_version, error. Of a record beyond the quantities that the model tells apart, it says
         neither.
 
@@ -63,7 +63,9 @@ def predict(config: PredictConfig) -> list[Row]:
             for start in range(0, len(photos), config.batch_size):
                 chunk = photos[start : start + config.batch_size]
                 outcomes = _outcomes([path for path, _ in chunk], predict_each)
-                rows += [_row(given, outcome) for (_, given), outcome in zip(chunk, outcomes, strict=True)]
+                rows += [
+                    _row(first_columns, outcome) for (_, first_columns), outcome in zip(chunk, outcomes, strict=True)
+                ]
                 progress.update(len(chunk))
     if config.output or config.format != "table":
         flat = [_with_columns(row) for row in rows] if config.format == "csv" else rows
@@ -74,27 +76,27 @@ def predict(config: PredictConfig) -> list[Row]:
     return rows
 
 
-def find_photos(given: Sequence[str]) -> list[tuple[Path, Row]]:
-    """Where every photo lies, and what its row begins with.
+def find_photos(arguments: Sequence[str]) -> list[tuple[Path, Row]]:
+    """The path of every photo, and the first columns of its row.
 
     Raises:
-        StocktakeError: nothing was given, a folder without photos, or a CSV that cannot be read.
+        StocktakeError: no argument, a folder without photos, or a CSV that cannot be read.
     """
-    if not given:
+    if not arguments:
         raise StocktakeError("which photos? Name files, folders or a CSV: stocktake predict bin.jpg")
-    found: list[tuple[Path, Row]] = []
-    for word in given:
+    photos: list[tuple[Path, Row]] = []
+    for word in arguments:
         path = Path(word)
         if path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in _SUFFIXES and one.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
             if not inside:
                 raise StocktakeError(f"{word} holds no photo: they end with {', '.join(_SUFFIXES)}")
-            found += [(one, {"photo": str(one)}) for one in inside]
+            photos += [(file, {"photo": str(file)}) for file in inside]
         elif path.suffix.lower() == ".csv":
-            found += _listed(path)
+            photos += _listed(path)
         else:
-            found.append((path, {"photo": word}))
-    return found
+            photos.append((path, {"photo": word}))
+    return photos
 
 
 def _listed(path: Path) -> list[tuple[Path, Row]]:
@@ -109,7 +111,7 @@ def _listed(path: Path) -> list[tuple[Path, Row]]:
     column = next((name for name in _COLUMNS if name in records[0]), None)
     if column is None:
         raise StocktakeError(f"{path} has no column photo or path, but {', '.join(map(str, records[0]))}: name it so")
-    found = []
+    rows = []
     for record in records:
         row: Row = {"photo": record[column] or ""}
         for name, value in record.items():
@@ -117,8 +119,8 @@ def _listed(path: Path) -> list[tuple[Path, Row]]:
                 row[f"given_{name}" if name in _OWN else name] = value
         if "quantity" in record:
             row["recorded"] = _whole(record["quantity"])
-        found.append((path.parent / row["photo"], row))
-    return found
+        rows.append((path.parent / row["photo"], row))
+    return rows
 
 
 def _predict_each(config: PredictConfig, temporary: Path) -> Callable[[Sequence[bytes]], Iterable[Outcome]]:
@@ -157,15 +159,15 @@ def _read(path: Path) -> bytes | PhotoError:
         return PhotoError(f"file cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
-def _row(given: Row, outcome: Outcome) -> Row:
-    row = dict(given)
+def _row(first_columns: Row, outcome: Outcome) -> Row:
+    row = dict(first_columns)
     row |= dict.fromkeys(("quantity", "confidence", "likely_quantities", "probabilities"))
-    if "recorded" in given:
+    if "recorded" in first_columns:
         row |= {"variance": None, "recount": None}
     row |= {"model_version": None, "error": None}
     if isinstance(outcome, PhotoError):
         return row | {"error": str(outcome)}
-    if (recorded := given.get("recorded")) in outcome.probabilities:
+    if (recorded := first_columns.get("recorded")) in outcome.probabilities:
         row |= {"variance": outcome.quantity != recorded, "recount": recorded not in outcome.likely_quantities}
     return row | {
         "quantity": outcome.quantity,
@@ -205,12 +207,12 @@ def _summarise(rows: Sequence[Row], output: str | None) -> None:
     if len(failed) == len(rows):
         raise StocktakeError(f"none of {len(rows)} photos could be counted, the first because: {failed[0]['error']}")
     version = next(row["model_version"] for row in rows if row["model_version"])
-    said = [f"{len(rows) - len(failed)} photos counted by {version}"]
+    parts = [f"{len(rows) - len(failed)} photos counted by {version}"]
     if failed:
-        said.append(f"{len(failed)} rejected")
+        parts.append(f"{len(failed)} rejected")
     if any("recorded" in row for row in rows):
         counts = {name: sum(row.get(name) is True for row in rows) for name in ("variance", "recount")}
-        said.append(f"{counts['variance']} at variance with their records, {counts['recount']} to recount")
+        parts.append(f"{counts['variance']} at variance with their records, {counts['recount']} to recount")
     if output:
-        said.append(f"written to {output}")
-    print("; ".join(said), file=sys.stderr)
+        parts.append(f"written to {output}")
+    print("; ".join(parts), file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Floor 4: from photo bytes to a count."""
+"""From photo bytes to a quantity: predictor, MLflow model, HTTP server, local endpoints."""
