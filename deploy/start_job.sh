@@ -3,13 +3,14 @@
 set -e
 base=${SAGEMAKER_BASE_DIR:-/opt/ml}
 python=${STOCKTAKE_PYTHON:-python}
-needed='torch torchvision pytorch_lightning mlflow jsonargparse onnx openvino lmdb safetensors'
+lock=deploy/images/training/requirements.lock
+needed='torch torchvision timm pytorch_lightning mlflow jsonargparse onnx openvino'
 case ${MLFLOW_TRACKING_URI:-} in arn:*) needed="$needed sagemaker_mlflow" ;; esac
 if ! "$python" -c "import importlib.util as u, sys; sys.exit(any(not u.find_spec(n) for n in '$needed'.split()))"; then
-    echo 'installing requirements.lock'
-    "$python" -m pip install --quiet --no-input --require-hashes -r "$base/code/requirements.lock" || {
+    echo "installing $lock"
+    "$python" -m pip install --quiet --no-input --require-hashes -r "$base/code/$lock" || {
         mkdir -p "$base/output"
-        echo "the image lacks one of $needed, and requirements.lock could not be installed: build an image that has them" \
+        echo "the image lacks one of $needed, and $lock could not be installed: build an image that has them" \
             > "$base/output/failure"
         exit 2
     }

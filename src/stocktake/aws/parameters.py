@@ -1,4 +1,4 @@
-"""What `-P name=value` becomes in a job: checked here as on this machine, then hyperparameters and input channels."""
+"""What `-P name=value` becomes in a job: checked by the command's own parser, then hyperparameters and channels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stocktake.aws.settings import JobSettings
 from stocktake.config.parser import ALIASES, find_experiment, parse_arguments, read_experiment
 from stocktake.errors import StocktakeError
 
-if TYPE_CHECKING:  # it brings optuna
-    from stocktake.aws.search import Search
+if TYPE_CHECKING:  # it imports optuna
+    from stocktake.aws.tuning_spec import TuningSpec
 
 COMMAND = "command"
 """The hyperparameter that names the command."""
@@ -34,35 +34,35 @@ JOBS: dict[str, type[configs.RunConfig]] = {
 }
 """The commands that run as jobs."""
 SPACE = "search-space.json"
-"""The search's space, in the channel `files`."""
+"""The search space of a tuning job, in the channel `files`."""
 _DISTRIBUTED = ("finetune", "ddp")
 _FILES = ("list", "weights")
 _ELSEWHERE = {
     "tracking.uri": "the job's server is tracking_uri in the backend config",
     "tracking.registry_uri": "the job's server is tracking_uri in the backend config",
     "resume": "it is a folder of this machine; an interrupted spot job goes on by itself",
-    "nnodes": "the machines of a job are instance_count in the backend config",
-    "node_rank": "the machines of a job are instance_count in the backend config",
-    "rendezvous": "the machines of a job find each other",
+    "nnodes": "the instances of a job are instance_count in the backend config",
+    "node_rank": "the instances of a job are instance_count in the backend config",
+    "rendezvous": "the instances of a job find each other",
 }
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """A command that was checked, as a job gets it."""
+    """A checked command, as a job gets it."""
 
     command: str
     hyperparameters: dict[str, str]
     """The command and its parameters, an experiment's file among them, without root and workspace."""
     root: str | None
-    """As it was given: s3://, a folder, or none for the synthetic one."""
+    """s3://bucket/prefix, or None for the synthetic one."""
     workspace: Path
-    """Where the run folder comes home to."""
-    files: dict[str, Path | bytes] = field(default_factory=dict)
-    """Files of this machine that the job needs, or their content, by their names in the channel `files`."""
-    given_paths: dict[str, str] = field(default_factory=dict)
-    """Settings that are paths, as they were given: the job has others."""
-    search: Search | None = None
+    """Where the run folder is collected to."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Content of this machine's files that the job needs, by their names in the channel `files`."""
+    original_paths: dict[str, str] = field(default_factory=dict)
+    """Settings that are paths, as the user gave them: the job has others."""
+    tuning: TuningSpec | None = None
     """What a tuning job is to do; None for a training job."""
 
 
@@ -77,46 +77,48 @@ def read_parameters(
     command = ALIASES.get(entry_point, entry_point)
     if command not in JOBS:
         raise StocktakeError(f"-e {entry_point} does not run as a job: those that do are {', '.join(JOBS)}")
+    if settings.instance_count > 1 and command not in _DISTRIBUTED:
+        raise StocktakeError(
+            f"backend config: instance_count {settings.instance_count}: {command} runs on one instance; "
+            f"{' and '.join(_DISTRIBUTED)} on several"
+        )
+    if settings.warm_start and command != TUNE:
+        raise StocktakeError(f"backend config: warm_start is for -e {TUNE}: leave it out")
     for name, reason in _ELSEWHERE.items():
         if name in parameters and not (command == TUNE and name == "resume"):
             raise StocktakeError(f"-P {name} cannot be given to a job: {reason}")
+    files: dict[str, bytes] = {}
+    tuning = None
     with contextlib.chdir(project):
         words = [word for name, value in parameters.items() for word in (f"--{name}", value)]
         config: Any = parse_arguments(JOBS[command], words, command)
-        given = {**_experiment(parameters, command), **parameters}
-    given.pop("experiment", None)
-    given.pop("root", None)
-    given.pop("workspace", None)
-    if command not in _DISTRIBUTED and settings.instance_count > 1:
-        raise StocktakeError(
-            f"instance_count {settings.instance_count}: {command} runs on one machine; {' and '.join(_DISTRIBUTED)} "
-            "on several"
-        )
-    if settings.warm_start and command != TUNE:
-        raise StocktakeError(f"warm_start in the backend config is for -e {TUNE}: leave it out")
-    processes = settings.instance_count * getattr(config, "nproc", 1)
-    files: dict[str, Path | bytes] = {}
-    search = None
-    if command == TUNE:
-        from stocktake.aws.search import OF_THE_SEARCH, read_search
+        values = {**_experiment_settings(parameters, command), **parameters}
+        if command == TUNE:
+            from stocktake.aws.tuning_spec import SEARCH_SETTINGS, read_tuning_spec
 
-        with contextlib.chdir(project):
-            search = read_search(config, parameters)
-        files[SPACE] = json.dumps(search.space.to_dict()).encode()
-        given = {name: value for name, value in given.items() if name not in OF_THE_SEARCH}
-    elif command in _DISTRIBUTED:
-        config.check_batch(processes)
-    given_paths = {"root": config.root} if config.root else {}
+            tuning = read_tuning_spec(config, parameters)
+            files[SPACE] = json.dumps(tuning.space.to_dict()).encode()
+            values = {name: value for name, value in values.items() if name not in SEARCH_SETTINGS}
+        elif command in _DISTRIBUTED:
+            config.check_batch(settings.instance_count * getattr(config, "nproc", 1))
+    for name in ("experiment", "root", "workspace"):
+        values.pop(name, None)
+    if config.root and not config.root.startswith("s3://"):
+        raise StocktakeError(
+            f"-P root={config.root}: a job reads s3:// addresses only: publish the root "
+            f"(`stocktake data --root {config.root} --publish s3://...`) and give that address"
+        )
+    original_paths = {"root": config.root} if config.root else {}
     for name in _FILES:
-        path = project / str(getattr(config, name, None) or "")
-        with contextlib.suppress(OSError):  # such as a name that no file can have
-            if path.is_file():
-                files[path.name], given_paths[name] = path, str(getattr(config, name))
-                given[name] = f"{CHANNEL}files/{path.name}"
-        if name == "list" and config.list and path.name not in files:
-            raise StocktakeError(f"--list {config.list} cannot be read: there is no such file in {project}")
+        value = str(getattr(config, name, None) or "")
+        content = _content(project / value) if value else None
+        if content is not None:
+            files[Path(value).name], original_paths[name] = content, value
+            values[name] = f"{CHANNEL}files/{Path(value).name}"
+        elif value and name == "list":
+            raise StocktakeError(f"--list {value} cannot be read: there is no such file in {project}")
     return Parameters(
-        command, {COMMAND: command, **given}, config.root, project / config.workspace, files, given_paths, search
+        command, {COMMAND: command, **values}, config.root, project / config.workspace, files, original_paths, tuning
     )
 
 
@@ -128,24 +130,23 @@ def as_arguments(hyperparameters: Mapping[str, str], data: Path) -> tuple[str, l
         data: folder of the input channels.
 
     Raises:
-        StocktakeError: no command is among them, or what the tuner has chosen is not of the search's space.
+        StocktakeError: no command is among them, or what the tuner has chosen is not of the search space.
     """
     command = hyperparameters.get(COMMAND, "")
     if command not in JOBS:
         raise StocktakeError(f"the hyperparameter {COMMAND} is {command!r}: it must be one of {', '.join(JOBS)}")
     chosen: list[str] = []
+    tuned: list[str] = []
     if command == TUNE:
-        from stocktake.aws.search import as_options, chosen_settings, load_space, names
+        from stocktake.aws.tuning_spec import as_options, chosen_settings, load_space, tuned_names
 
         stage = hyperparameters.get("stage", "finetune")
         space = load_space((data / "files" / SPACE).read_text(encoding="utf-8"), stage)
-        chosen = as_options(stage, chosen_settings(space, hyperparameters))
-        tuned = names(space)
-        hyperparameters = {name: value for name, value in hyperparameters.items() if name not in tuned}
+        chosen, tuned = as_options(stage, chosen_settings(space, hyperparameters)), tuned_names(space)
         command = "remote_trial"
     arguments = []
     for name, value in hyperparameters.items():
-        if name == COMMAND or name.startswith(("_", "sagemaker_")):
+        if name == COMMAND or name in tuned or name.startswith(("_", "sagemaker_")):
             continue
         if value.startswith(CHANNEL):
             value = str(data / value.removeprefix(CHANNEL))
@@ -153,12 +154,18 @@ def as_arguments(hyperparameters: Mapping[str, str], data: Path) -> tuple[str, l
     return command, [*arguments, *chosen]
 
 
-def _experiment(parameters: Mapping[str, str], command: str) -> dict[str, str]:
-    """The settings of the experiment's file by their dotted names, as text: the job has not got the file."""
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError:  # such as a name that no file can have
+        return None
+
+
+def _experiment_settings(parameters: Mapping[str, str], command: str) -> dict[str, str]:
+    """The settings of the experiment's file by their dotted names, as text: the job does not have the file."""
     if "experiment" not in parameters:
         return {}
-    path = find_experiment(parameters["experiment"])
-    return dict(_flat(read_experiment(path, JOBS[command])))
+    return dict(_flat(read_experiment(find_experiment(parameters["experiment"]), JOBS[command])))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,46 +1,52 @@
-"""After a job: its run folders come to this machine, and whatever its MLflow run does not have yet goes there.
+"""The results of an ended job: its run folders come to this machine, and what its MLflow run lacks is uploaded.
 
-A job writes everything to disk first. What it could log itself is in MLflow already; the rest arrives with the job's
-output, or, where it was killed before it could write that, with its last checkpoints.
+A job writes everything to disk first. What it could log itself is in MLflow already; the rest comes with the job's
+output or, if it was killed before it could write that, with its last checkpoints. Both are a stranger's files: whatever
+the job's processes ran could have written them.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from stocktake.aws.connection import Aws, translate_aws_errors
-from stocktake.aws.jobs import COMPLETED, Job
+from filelock import FileLock
+
+from stocktake.aws.connection import Aws, AwsError, split_uri, translate_aws_errors
+from stocktake.aws.jobs import COMPLETED, Job, printable
 from stocktake.aws.jobs import FAILED as JOB_FAILED
-from stocktake.aws.packaging import split_uri
-from stocktake.aws.prices import Prices, told
 from stocktake.config import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
 from stocktake.redaction import without_credentials
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.known_stores import add_known_store
 from stocktake.tracking.local_store import FAILED, FINISHED, KILLED, RUNNING, LocalRun
-from stocktake.tracking.sync import sync_runs
+from stocktake.tracking.uploader import RunUploader, UploadError
 
-LIVE, WITH_OUTPUT = "live", "with the job's output"
-RUNS = "runs"
+LIVE, WITH_OUTPUT = "live", "job output"
 RUN_STATES = {COMPLETED: FINISHED, JOB_FAILED: FAILED}
+"""The state of a run by its job's; KILLED for the others."""
+_RUNS = "runs"
+_NAME = re.compile(r"[\w=+@,()\[\]-][\w=+@,()\[\]. -]*")
+"""A part of a path: no separator, no leading dot, no control character."""
 
 
 @dataclass(frozen=True)
 class CollectedResults:
-    """How a job's results came home."""
+    """What came from a job."""
 
     folders: tuple[Path, ...]
     """Run folders in the workspace."""
-    how: str | None
-    """LIVE, WITH_OUTPUT, or None where the job left no run."""
+    source: str | None
+    """How the run's results came to MLflow: LIVE, WITH_OUTPUT, or None where the job left no run."""
     status: str
     """Of the MLflow run."""
 
@@ -50,67 +56,68 @@ def collect_results(
     job: Job,
     workspace: Path,
     tracking: TrackingConfig,
-    prices: Prices | None,
-    say: Callable[[str], None],
     *,
     run_id: str | None = None,
-    more_tags: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+    quiet: bool = False,
 ) -> CollectedResults:
-    """Bring an ended job's results home. To be repeated at will: what is here already stays.
+    """Collect an ended job's results. Doing it again changes nothing: a folder that is here already stays.
 
     Args:
         aws: where the job is.
         job: it has ended.
         workspace: its run folders come to runs/ in here.
         tracking: the store.
-        prices: for the tags.
-        say: takes a line about what needs to be known.
-        run_id: MLflow's run that a job's folder goes to which was given none: a trial's.
-        more_tags: of the run.
+        run_id: MLflow's run of the job. Default: the one that the job was given.
+        tags: further ones of the run.
+        quiet: print problems only.
 
     Raises:
         StocktakeError: S3 refuses; the job's run in MLflow keeps what it has.
     """
-    status = RUN_STATES.get(job.status, KILLED)
-    tags = job_tags(aws, job, prices) | dict(more_tags or {})
-    run_id = run_id or job.run_id
-    runs = workspace / RUNS
+    status, run_id = RUN_STATES.get(job.status, KILLED), run_id or job.run_id
+    failure = {} if status == FINISHED else {"failure": _reason(job)}
+    connection = Connection(resolve(tracking))
+    logged = _logged_run(connection, run_id)
+    runs = workspace / _RUNS
     runs.mkdir(parents=True, exist_ok=True)
-    folders, how = [], None
     with (
-        FileLock(runs / ".arrivals.lock"),  # whoever stops a job follows it too, beside whoever has submitted it
+        FileLock(runs / ".collect.lock"),  # whoever stops a job follows it too, beside whoever has submitted it
         tempfile.TemporaryDirectory(dir=runs, prefix=f".{job.name}-") as temporary,
     ):
-        staging = Path(temporary)
-        for name in _fetch(aws, job, staging):
-            folder = LocalRun.open(staging / name)
-            folder.state.tracking_uri = without_credentials(resolve(tracking).tracking)
-            folder.save()
-            if folder.state.attach_run_id is None and folder.state.parent is None:
-                folder.state.attach_run_id = run_id
-                folder.save()
-            if folder.state.attach_run_id == run_id:
-                how = WITH_OUTPUT if not folder.is_uploaded() else how or LIVE
-                if folder.state.status == RUNNING and status != FINISHED:  # killed before it could write its end
-                    folder.finish(status, _why(job))
-                folder.set_tags(tags | {"arrived": how} | ({} if status == FINISHED else {"failure": _why(job)}))
-        for name in sorted(path.name for path in staging.iterdir()):
-            if (runs / name).exists():  # brought home before
-                shutil.rmtree(staging / name)
-            folders.append(runs / name)
-        add_known_store(staging, without_credentials(resolve(tracking).tracking))
-        counts = sync_runs(staging, tracking, say)
-        for path in sorted(staging.iterdir()):
-            if not path.name.startswith("."):
+        folders = []
+        download_results(aws, job, Path(temporary))
+        for path in sorted(path.parent for path in Path(temporary).glob("*/run.json")):
+            folders.append(runs / path.name)
+            if not (runs / path.name).exists():
                 path.rename(runs / path.name)
-        if counts["pending"]:
-            say(f"some of it could not be uploaded: `stocktake sync --workspace {workspace}` does so later")
-    _end_run(job, run_id, tracking, status, tags, how, say)
-    return CollectedResults(tuple(folders), how, status)
+    # Whoever ended the run in MLflow before this was the job itself, which could reach it to the end
+    source = None if not folders else LIVE if logged and logged.info.status != RUNNING else WITH_OUTPUT
+    if logged and "results.source" in logged.data.tags:
+        source = logged.data.tags["results.source"]
+    all_tags = job_tags(aws, job) | dict(tags or {}) | failure | ({"results.source": source} if source else {})
+    store = without_credentials(connection.stores.tracking)
+    add_known_store(runs, store)
+    for folder in folders:
+        run = LocalRun.open(folder)
+        run.state.tracking_uri = store
+        if run.state.parent is None:  # whatever the job wrote there: it may log to its own run only
+            run.state.attach_run_id = run_id
+            run.state.uploads = {uri: copy for uri, copy in run.state.uploads.items() if copy.run_id == run_id}
+        run.save()
+        if run.state.parent is None:
+            run.set_tags(all_tags)
+            if run.state.status == RUNNING:  # killed before it could write its end
+                run.finish(status, failure.get("failure"))
+    if source == WITH_OUTPUT:
+        _upload(folders, connection, workspace, quiet)
+    if run_id is not None:
+        _end_run(connection, run_id, status, all_tags)
+    return CollectedResults(tuple(folders), source, status)
 
 
-def job_tags(aws: Aws, job: Job, prices: Prices | None) -> dict[str, str]:
-    """What the run says about its job."""
+def job_tags(aws: Aws, job: Job) -> dict[str, str]:
+    """What a run says about its job."""
     tags = {
         "job.name": job.name,
         "job.arn": job.arn,
@@ -119,100 +126,125 @@ def job_tags(aws: Aws, job: Job, prices: Prices | None) -> dict[str, str]:
         "job.instance": f"{job.instance_count} x {job.instance_type}",
         "job.spot": str(job.is_spot).lower(),
     }
-    if job.has_ended and job.billed_seconds is not None:
-        tags["job.billed_seconds"] = f"{job.billed_seconds * job.instance_count:.0f}"
-        if (cost := cost_of(job, prices)) is not None:
-            tags["job.cost"] = told(cost)
-    return tags
+    return tags if job.billed_seconds is None else tags | {"job.billed_seconds": str(job.billed_seconds)}
 
 
-def cost_of(job: Job, prices: Prices | None) -> float | None:
-    """Dollars for what the job is billed; None where that or the price is not known."""
-    if prices is None or job.billed_seconds is None:
+def download_results(aws: Aws, job: Job, staging: Path) -> None:
+    """Write the files of the job's run folders below `staging`, and nothing outside of it.
+
+    Names that no run folder has are left out with a warning, and so is everything in an archive that is no regular
+    file: links, devices.
+
+    Raises:
+        StocktakeError: S3 refuses, or the job's output is no archive.
+    """
+    output = job.description["OutputDataConfig"]["S3OutputPath"].rstrip("/")
+    bucket, key = split_uri(f"{output}/{job.name}/output/output.tar.gz")
+    with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file, _cannot_unpack(job):
+        try:
+            with translate_aws_errors(f"s3://{bucket}/{key}"):
+                aws.s3.download_file(bucket, key, file.name)
+            with tarfile.open(file.name) as archive:
+                _extract(archive, staging)
+        except AwsError as error:
+            if error.code not in ("404", "NoSuchKey"):
+                raise
+    if not any(staging.glob("*/run.json")):
+        with _cannot_unpack(job):
+            _download_checkpoints(aws, job, staging)
+
+
+def _extract(archive: tarfile.TarFile, staging: Path) -> None:
+    for member in archive:
+        # The job's output folder of several instances is runs/... or INSTANCE/runs/...
+        parts = member.name.removeprefix("./").split("/")
+        if _RUNS not in parts[:2] or member.isdir():
+            continue
+        content = archive.extractfile(member) if member.isreg() else None
+        target = _target(staging, "/".join(parts[parts.index(_RUNS) + 1 :])) if content else None
+        if content is None or target is None:
+            print(f"warning: left out of the job's output: {printable(member.name)}", flush=True)
+            continue
+        with content, target.open("wb") as file:
+            shutil.copyfileobj(content, file)
+
+
+def _download_checkpoints(aws: Aws, job: Job, staging: Path) -> None:
+    """The run folders as SageMaker synchronised them while the job ran, without the weights."""
+    place = (job.description.get("CheckpointConfig") or {}).get("S3Uri")
+    if not place:
+        return
+    own = f"{job.name}/" if job.description.get("TuningJobArn") else ""  # trials share one place
+    bucket, prefix = split_uri(f"{place.rstrip('/')}/{own}{_RUNS}/")
+    with translate_aws_errors(f"the checkpoints of {job.name}"):
+        for page in aws.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for key in (entry["Key"] for entry in page.get("Contents", [])):
+                if key.endswith((".ckpt", "/")) or key.rpartition("/")[2].startswith("."):  # locks of a live run
+                    continue
+                if (target := _target(staging, key.removeprefix(prefix))) is None:
+                    print(f"warning: left out of the job's checkpoints: {printable(key)}", flush=True)
+                else:
+                    aws.s3.download_file(bucket, key, str(target))
+
+
+def _target(staging: Path, name: str) -> Path | None:
+    """Where a job's file goes: RUN/FILE or deeper below staging; None for a name that no run folder has."""
+    parts = name.split("/")
+    if len(parts) < 2 or not all(_NAME.fullmatch(part) for part in parts):
         return None
-    return prices.billed(job.instance_type, job.instance_count, job.billed_seconds)
+    target = staging.joinpath(*PurePosixPath(name).parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
-def _why(job: Job) -> str:
+@contextmanager
+def _cannot_unpack(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise StocktakeError(f"the results of {job.name} cannot be unpacked: {brief(error)}") from None
+
+
+def _reason(job: Job) -> str:
     """Why a job did not complete."""
     if job.failure:
         return job.failure
     return "the job was stopped" if job.step in ("Stopped", "Stopping") else f"the job was stopped: {job.step}"
 
 
-def _fetch(aws: Aws, job: Job, staging: Path) -> list[str]:
-    """Unpack the job's run folders; their names."""
-    output = job.description["OutputDataConfig"]["S3OutputPath"].rstrip("/")
-    bucket, key = split_uri(f"{output}/{job.name}/output/output.tar.gz")
-    with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file:
-        if _download(aws, bucket, key, Path(file.name)):
-            with tarfile.open(file.name) as archive:
-                for member in archive.getmembers():
-                    parts = Path(member.name).parts
-                    if RUNS in parts[:2]:
-                        member.name = str(Path(*parts[parts.index(RUNS) + 1 :])) if parts[-1] != RUNS else "."
-                        archive.extract(member, staging, filter="data")
-    if not _run_folders(staging):
-        _fetch_checkpoints(aws, job, staging)
-    return _run_folders(staging)
-
-
-def _fetch_checkpoints(aws: Aws, job: Job, staging: Path) -> None:
-    """The run folders as they were synchronised while the job ran, without the weights."""
-    place = (job.description.get("CheckpointConfig") or {}).get("S3Uri")
-    if not place:
-        return
-    own = f"{job.name}/" if job.description.get("TuningJobArn") else ""  # trials share one place
-    bucket, prefix = split_uri(f"{place.rstrip('/')}/{own}{RUNS}/")
-    with translate_aws_errors(f"the checkpoints of {job.name}"):
-        for page in aws.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for entry in page.get("Contents", []):
-                inside = Path(entry["Key"].removeprefix(prefix))
-                if inside.suffix == ".ckpt" or ".." in inside.parts or entry["Key"].endswith("/"):
-                    continue
-                (staging / inside).parent.mkdir(parents=True, exist_ok=True)
-                aws.s3.download_file(bucket, entry["Key"], str(staging / inside))
-
-
-def _run_folders(staging: Path) -> list[str]:
-    return sorted(path.parent.name for path in staging.glob("*/run.json"))
-
-
-def _download(aws: Aws, bucket: str, key: str, path: Path) -> bool:
-    """Whether there was such an object."""
-    from botocore.exceptions import ClientError
-
-    with translate_aws_errors(f"s3://{bucket}/{key}"):
-        try:
-            aws.s3.download_file(bucket, key, str(path))
-        except ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-                return False
-            raise
-    return True
-
-
-def _end_run(
-    job: Job,
-    run_id: str | None,
-    tracking: TrackingConfig,
-    status: str,
-    tags: dict[str, str],
-    how: str | None,
-    say: Callable[[str], None],
-) -> None:
-    """The MLflow run's state follows the job's, also where no folder came home."""
-    if run_id is None:
-        return
-    connection = Connection(resolve(tracking))
+def _logged_run(connection: Connection, run_id: str | None) -> Any:
+    """The job's run as MLflow has it; None where it does not."""
     try:
         with connection.bounded():
-            client = connection.client
-            info = client.get_run(run_id).info
-            if how is None:
-                for name, value in (tags | ({} if status == FINISHED else {"failure": _why(job)})).items():
-                    client.set_tag(run_id, name, value)
-            if info.status != status:
-                client.set_terminated(run_id, status)
-    except (Exception, StocktakeError) as error:
-        say(f"the run {run_id} could not be brought up to date in {connection.shown}: {brief(error)}")
+            return connection.client.get_run(run_id) if run_id else None
+    except Exception:  # whatever a tracking server does, the results come to disk
+        return None
+
+
+def _upload(folders: Sequence[Path], connection: Connection, workspace: Path, quiet: bool) -> None:
+    """Upload run folders to MLflow, parents before children."""
+    runs = sorted((LocalRun.open(folder) for folder in folders), key=lambda run: run.state.parent is not None)
+    for run in runs:
+        try:
+            RunUploader(run, connection).upload()
+            if not quiet:
+                print(f"{run.path.name}: uploaded to {connection.shown}", flush=True)
+        except (StocktakeError, UploadError) as error:
+            print(
+                f"{run.path.name} was not uploaded ({brief(error)}): `stocktake sync --workspace {workspace}` does so",
+                flush=True,
+            )
+
+
+def _end_run(connection: Connection, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+    """Bring the MLflow run's state and tags up to date, also where the job left no run folder."""
+    try:
+        with connection.bounded():
+            run = connection.client.get_run(run_id)
+            for name, value in tags.items():
+                if run.data.tags.get(name) != value:
+                    connection.client.set_tag(run_id, name, value)
+            if run.info.status != status:
+                connection.client.set_terminated(run_id, status)
+    except Exception as error:  # whatever a tracking server does, the results are on disk
+        print(f"the run {run_id} could not be brought up to date in {connection.shown}: {brief(error)}", flush=True)

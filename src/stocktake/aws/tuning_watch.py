@@ -1,313 +1,313 @@
-"""A tuning job in MLflow: its run, and below it a child run for each trial, kept up to date until its end.
+"""A tuning job in MLflow: its run, and a child run for each trial, kept up to date until its end.
 
-Everything is found again by tags, so that it can be begun anew at any time, by anybody, without anything twice.
+Child runs are found again by their tags: following a tuning job twice, or from two machines, adds nothing twice.
 """
 
 from __future__ import annotations
 
 import csv
+import datetime
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocktake.aws.connection import Aws
-from stocktake.aws.jobs import COMPLETED, STOPPED, describe
-from stocktake.aws.prices import Prices, told
+from filelock import FileLock
+
+from stocktake.aws.connection import Aws, AwsError, split_uri, translate_aws_errors
+from stocktake.aws.jobs import COMPLETED, STOPPED, Job, TuningJob, find_job, find_tuning_job
+from stocktake.aws.logs import POLL_SECONDS
+from stocktake.aws.parameters import SPACE
+from stocktake.aws.request import FILES, METRIC
 from stocktake.aws.results import RUN_STATES, collect_results, job_tags
-from stocktake.aws.search import chosen_settings
-from stocktake.aws.tuning_jobs import TrialJob, TuningJob, best_of, describe_search, trials_of
-from stocktake.aws.tuning_request import METRIC
+from stocktake.aws.tuning_spec import chosen_settings, load_space
 from stocktake.config import TrackingConfig
 from stocktake.config.yaml_io import BEST, EXPERIMENT
 from stocktake.errors import StocktakeError
-from stocktake.locks import FileLock
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.local_store import FAILED, KILLED, RUNNING
 from stocktake.tracking.uploader import is_generated
 from stocktake.tuning.search_defaults import TRAINED_BY
-from stocktake.tuning.space import Space
 from stocktake.tuning.study import best_table, format_params
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-_POLL_SECONDS = 2.0
-_TRIALS_CSV = "trials.csv"
-_EARLY = "stopped early by SageMaker: it fell behind the other trials"
+_LONGEST_PAUSE = 15.0
 _BEST_METRIC = "best/val_macro_f1"
 
 
-def follow_search(
-    aws: Aws,
-    name: str,
-    workspace: Path,
-    tracking: TrackingConfig,
-    prices: Prices | None,
-    say: Callable[[str], None],
-    *,
-    poll_seconds: float = _POLL_SECONDS,
+@dataclass(frozen=True)
+class Trial(Job):
+    """A trial of a tuning job, by its training job as it is listed."""
+
+    number: int
+    """From 1, in the order in which they were started."""
+
+    @property
+    def label(self) -> str:
+        """trial-003"""
+        return f"trial-{self.number:03d}"
+
+    @property
+    def value(self) -> float | None:
+        """The objective, if it has reported one."""
+        metric = self.description.get("FinalHyperParameterTuningJobObjectiveMetric")
+        return float(metric["Value"]) if metric else None
+
+    @property
+    def ended(self) -> datetime.datetime:
+        """When it ended; when it was started, before that."""
+        moment: datetime.datetime = self.description.get("TrainingEndTime") or self.created
+        return moment
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has trained to its end: only then it has a model."""
+        return self.status == COMPLETED and self.value is not None
+
+
+def list_trials(aws: Aws, name: str) -> list[Trial]:
+    """The trials that were started, in that order."""
+    with translate_aws_errors(f"the trials of {name}"):
+        pages = aws.sagemaker.get_paginator("list_training_jobs_for_hyper_parameter_tuning_job").paginate(
+            HyperParameterTuningJobName=name, SortBy="CreationTime", SortOrder="Ascending"
+        )
+        summaries = [summary for page in pages for summary in page["TrainingJobSummaries"]]
+    return [Trial(summary, number) for number, summary in enumerate(summaries, 1)]
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The completed one with the highest objective, of equals the first; SageMaker may name one of an earlier job."""
+    complete = [trial for trial in trials if trial.is_complete]
+    return max(complete, key=lambda trial: (trial.value or 0, -trial.number), default=None)
+
+
+def follow_tuning_job(
+    aws: Aws, name: str, workspace: Path, tracking: TrackingConfig, *, poll_seconds: float = POLL_SECONDS
 ) -> TuningJob:
-    """Wait for a tuning job's end; its runs are kept up to date, and a line is said for what happens.
+    """Wait for a tuning job's end; keep its runs up to date, and print what happens.
 
     Raises:
         StocktakeError: AWS refuses, or MLflow does not have all of it at the end.
     """
-    search = describe_search(aws, name)
-    runs = SearchRuns(aws, search, workspace, tracking, prices, say)
-    state, trouble = "", ""
+    runs: TuningRuns | None = None
+    state, warning, pause = "", "", poll_seconds
     while True:
-        search = describe_search(aws, name)
-        trials = trials_of(aws, name)  # after it: of a job that has ended, these are all
-        if search.step != state:
-            state = search.step
-            say(f"--- {name} {state}")
+        has_ended = is_transient = False
         try:
+            job = find_tuning_job(aws, name)
+            has_ended = job.has_ended
+            trials = list_trials(aws, name)  # after it: of a job that has ended, these are all
+            if state != (state := job.step):
+                pause = poll_seconds
+                print(f"--- {name} {state}", flush=True)
+            runs = runs or TuningRuns(aws, job, workspace, tracking)
             runs.update(trials)
-            if search.has_ended and all(trial.has_ended for trial in trials):
-                runs.end(search, trials)
-                return search
-        except StocktakeError:
-            raise
-        except Exception as error:  # whatever a tracking server does, the job goes on
-            if trouble != (trouble := brief(error)):
-                say(f"warning: the runs in {runs.shown} could not be brought up to date: {trouble}")
-            if search.has_ended:
+            if job.has_ended and all(trial.has_ended for trial in trials):
+                runs.end(job, trials)
+                return job
+        except Exception as error:  # whatever a tracking server or the network does, the job goes on
+            is_transient = isinstance(error, AwsError) and error.is_transient
+            if isinstance(error, StocktakeError) and not is_transient:
+                raise
+            if warning != (warning := brief(error)):
+                print(f"warning: the runs could not be brought up to date: {warning}", flush=True)
+            if has_ended and not is_transient:
                 raise StocktakeError(
-                    f"{name} has {search.status.lower()}, but {runs.shown} does not have all of it ({trouble}): "
-                    f"`stocktake jobs --follow {name}` goes on with it"
+                    f"{name} has ended, but its runs could not be brought up to date ({warning}): "
+                    f"`stocktake jobs --follow {name}` does so"
                 ) from None
-        time.sleep(poll_seconds)
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
 
 
-@dataclass
-class SearchRuns:
-    """The runs of one tuning job."""
+class TuningRuns:
+    """The MLflow runs of one tuning job."""
 
-    aws: Aws
-    search: TuningJob
-    workspace: Path
-    tracking: TrackingConfig
-    prices: Prices | None
-    say: Callable[[str], None]
-    _children: dict[str, Run] = field(default_factory=dict)
-    """By their training jobs' names."""
-    _logged: int = 0
-    """Ended trials that the parent's figures count."""
-
-    def __post_init__(self) -> None:
+    def __init__(self, aws: Aws, job: TuningJob, workspace: Path, tracking: TrackingConfig) -> None:
         """Raises StocktakeError: the job has no run, its space is gone, or the store cannot be used."""
-        if self.search.run_id is None:
-            raise StocktakeError(f"{self.search.name} has no run in MLflow: stocktake did not submit it")
-        self._run_id: str = self.search.run_id
-        self._space: Space = self.search.space(self.aws)
-        self._connection = Connection(resolve(self.tracking))
+        if job.run_id is None:
+            raise StocktakeError(f"{job.name} has no run in MLflow: stocktake did not submit it")
+        self._aws, self._job, self._workspace, self._tracking = aws, job, workspace, tracking
+        self._run_id = job.run_id
+        self._children: dict[str, Run] = {}  # by the names of their training jobs
+        self._ended = 0  # trials whose best value is logged
+        channels = {channel["ChannelName"]: channel for channel in job.definition["InputDataConfig"]}
+        bucket, prefix = split_uri(channels[FILES]["DataSource"]["S3DataSource"]["S3Uri"])
+        with translate_aws_errors(f"the search space of {job.name}"):
+            content = aws.s3.get_object(Bucket=bucket, Key=prefix + SPACE)["Body"].read()
+        self._space = load_space(content.decode(), job.stage)
+        self._connection = Connection(resolve(tracking))
         self._connection.open()
         try:
             with self._connection.bounded():
                 run = self._client.get_run(self._run_id)
                 if is_generated(run.info.run_name):
                     self._client.update_run(self._run_id, name="tune")
-            self._experiment: str = run.info.experiment_id
         except Exception as error:
             raise StocktakeError(
-                f"{self.shown} does not have the run {self._run_id} of {self.search.name} ({brief(error)}): give the "
-                "--tracking.uri that it was submitted with"
+                f"{self._connection.shown} does not have the run {self._run_id} of {job.name} ({brief(error)}): give "
+                "the --tracking.uri that it was submitted with"
             ) from None
-
-    @property
-    def shown(self) -> str:
-        """The store, for a message."""
-        return self._connection.shown
+        self._experiment: str = run.info.experiment_id
 
     @property
     def _client(self) -> Any:
         return self._connection.client
 
-    def update(self, trials: list[TrialJob]) -> None:
-        """A child run for every trial that has been begun, ended with its results if the trial has ended."""
+    def update(self, trials: Sequence[Trial]) -> None:
+        """Make a child run for every trial that was started; end it with its results if the trial has ended."""
         if any(trial.name not in self._children for trial in trials):
             self._find_children(trials)
         for trial in trials:
-            child = self._children[trial.name]
-            if trial.has_ended and child.info.status == RUNNING:
-                self._bring_home(trial, child, trials)
+            if trial.has_ended and self._children[trial.name].info.status == RUNNING:
+                self._collect(trial)
+                value = "" if trial.value is None else f" val_macro_f1={trial.value:.4f}"
+                best = best_of(trials)
+                so_far = f" best={best.value:.4f} (trial {best.number})" if best else ""
+                state = self._children[trial.name].data.tags["trial.state"]
+                failure = f": {trial.failure}" if trial.failure else ""
+                print(f"trial={trial.number} {state}{failure}{value}{so_far} {self._shown(trial)}", flush=True)
         self._log_best(trials)
 
-    def end(self, search: TuningJob, trials: list[TrialJob]) -> None:
-        """The table of trials, the best one as an experiment, what it has cost, and the end."""
+    def end(self, job: TuningJob, trials: Sequence[Trial]) -> None:
+        """Log the table of trials, the best one as an experiment, what was billed, and the end."""
         client, run_id, best = self._client, self._run_id, best_of(trials)
-        status, failure = RUN_STATES.get(search.status, KILLED), search.failure
+        status, failure = RUN_STATES.get(job.status, KILLED), job.failure
         if status == FAILED:
             reasons = [f"{trial.label}: {trial.failure}" for trial in trials if trial.failure]
             failure = " ".join([failure or "the tuning job failed", *reasons[-1:]])
         elif status == KILLED:
             failure = "the tuning job was stopped"
-        tags = self._parent_tags(search)
-        tags |= {"mlflow.note.content": self._note(search, trials, best)} | ({"failure": failure} if failure else {})
+        billed = sum(int(run.data.tags.get("job.billed_seconds", 0)) for run in self._children.values())
+        tags = tuning_tags(self._aws, job) | {"job.billed_seconds": str(billed)}
+        tags |= {"mlflow.note.content": self._note(job, trials, best)} | ({"failure": failure} if failure else {})
         with self._connection.bounded(), tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            self._write_table(folder / _TRIALS_CSV, trials)
-            client.log_artifact(run_id, str(folder / _TRIALS_CSV))
+            self._write_table(folder / "trials.csv", trials)
+            client.log_artifact(run_id, str(folder / "trials.csv"))
             if best is not None:
                 tags |= {"best": best.label, "best.run": self._children[best.name].info.run_id}
-                self._write_best(folder, search, best, len(trials))
+                self._write_best(folder, job, best, len(trials))
                 client.log_artifact(run_id, str(folder / BEST))
             for name, value in tags.items():
                 client.set_tag(run_id, name, value)
             if client.get_run(run_id).info.status != status:
-                client.set_terminated(run_id, status, _milliseconds(search.ended) if search.ended else None)
+                client.set_terminated(run_id, status)
         if best is not None:
-            self.say(f"best: {best.label}, val_macro_f1 {best.value:.4f}, {format_params(self._settings(best))}")
-            self.say(
-                f"train it: mlflow artifacts download -r {run_id} -a {BEST} -d . && mlflow run . -e finetune "
-                f"-P experiment={BEST}"
-                if search.stage == "finetune"
-                else f"train it: mlflow artifacts download -r {run_id} -a {BEST} -d . && stocktake "
-                f"{TRAINED_BY[search.stage]} --experiment {BEST}"
+            print(f"best: {best.label}, val_macro_f1 {best.value:.4f}, {self._shown(best)}")
+            print(
+                f"train it: mlflow artifacts download -r {run_id} -a {BEST} -d . && stocktake "
+                f"{TRAINED_BY[job.stage]} --experiment {BEST}"
             )
-        self.say(
-            f"the run {run_id} is {status}; it was billed {tags.get('job.billed_seconds', '0')} s, "
-            f"{tags.get('job.cost', 'unknown cost')}"
-        )
+        print(f"the run {run_id} is {status}; it was billed {billed} s", flush=True)
 
-    def _find_children(self, trials: list[TrialJob]) -> None:
+    def _find_children(self, trials: Sequence[Trial]) -> None:
         """The child runs, by their jobs' names; those that are missing are made."""
-        folder = self.workspace / "runs"
+        folder = self._workspace / "runs"
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".children.lock"), self._connection.bounded():  # whoever stops it, watches it too
-            there = self._client.search_runs(
+        with FileLock(folder / ".children.lock"), self._connection.bounded():  # whoever stops it, follows it too
+            children = self._client.search_runs(
                 [self._experiment], f"tags.`mlflow.parentRunId` = '{self._run_id}'", max_results=50_000
             )
-            self._children |= {run.data.tags["job.name"]: run for run in there if "job.name" in run.data.tags}
+            self._children |= {run.data.tags["job.name"]: run for run in children if "job.name" in run.data.tags}
             for trial in trials:
                 if trial.name not in self._children:
-                    self._children[trial.name] = self._create(trial)
-                    self.say(f"trial={trial.number} begun {format_params(self._settings(trial))}")
+                    self._children[trial.name] = self._create_child(trial)
+                    print(f"trial={trial.number} started {self._shown(trial)}", flush=True)
 
-    def _create(self, trial: TrialJob) -> Run:
-        from mlflow.entities import Param
-
-        tags = job_tags(self.aws, describe(self.aws, trial.name), self.prices) | {
+    def _create_child(self, trial: Trial) -> Run:
+        tags = job_tags(self._aws, find_job(self._aws, trial.name)) | {
             "mlflow.parentRunId": self._run_id,
             "stage": "trial",
             "trial": str(trial.number),
-            "trial.stage": self.search.stage,
+            "trial.stage": self._job.stage,
             "trial.state": "running",
         }
         run: Run = self._client.create_run(
             self._experiment, start_time=_milliseconds(trial.created), tags=tags, run_name=trial.label
         )
-        params = [Param(name, str(value)) for name, value in self._settings(trial).items()]
-        self._client.log_batch(run.info.run_id, params=params)
+        for name, value in self._settings(trial).items():
+            self._client.log_param(run.info.run_id, name, value)
         return run
 
-    def _bring_home(self, trial: TrialJob, child: Run, trials: list[TrialJob]) -> None:
-        state = {COMPLETED: "complete" if trial.is_complete else "failed", STOPPED: "pruned"}.get(
-            trial.status, "failed"
-        )
-        tags = {"trial.state": state}
-        job = describe(self.aws, trial.name)
+    def _collect(self, trial: Trial) -> None:
+        run_id = self._children[trial.name].info.run_id
+        tags = {"trial.state": "complete" if trial.is_complete else "failed"}
         if trial.status == STOPPED:
-            by_us = describe_search(self.aws, self.search.name).status in ("Stopping", STOPPED)
-            tags |= {"trial.state": "interrupted"} if by_us else {"trial.reason": _EARLY}
-        run_id = child.info.run_id
-
-        def say(line: str) -> None:
-            if ": uploaded " not in line:  # of every trial, which has a line of its own below
-                self.say(line)
-
-        arrival = collect_results(
-            self.aws, job, self.workspace, self.tracking, self.prices, say, run_id=run_id, more_tags=tags
-        )
+            if find_tuning_job(self._aws, self._job.name).status in ("Stopping", STOPPED):
+                tags = {"trial.state": "interrupted"}
+            else:
+                tags = {"trial.state": "pruned", "trial.reason": "stopped early by SageMaker: behind the other trials"}
+        job = find_job(self._aws, trial.name)
+        collect_results(self._aws, job, self._workspace, self._tracking, run_id=run_id, tags=tags, quiet=True)
         with self._connection.bounded():
             self._children[trial.name] = self._client.get_run(run_id)
         if self._children[trial.name].info.status == RUNNING:
             raise RuntimeError(f"the run {run_id} of {trial.label} is still {RUNNING}")
-        ended = f"failed: {trial.failure}" if arrival.status == FAILED else tags["trial.state"]
-        value = "" if trial.value is None else f" val_macro_f1={trial.value:.4f}"
-        best = best_of(trials)
-        ahead = f" best={best.value:.4f} (trial {best.number})" if best else ""
-        self.say(f"trial={trial.number} {ended}{value}{ahead} {format_params(self._settings(trial))}")
 
-    def _log_best(self, trials: list[TrialJob]) -> None:
+    def _log_best(self, trials: Sequence[Trial]) -> None:
         """The best value after each trial's end, at that moment: the same points, however often they are logged."""
-        from mlflow.entities import Metric
-
         ended = sorted((trial for trial in trials if trial.has_ended), key=lambda trial: (trial.ended, trial.number))
-        points = []
-        for step in range(self._logged + 1, len(ended) + 1):
-            if (best := best_of(ended[:step])) is not None and best.value is not None:
-                points.append(Metric(_BEST_METRIC, best.value, _milliseconds(ended[step - 1].ended), step))
-        if points:
-            with self._connection.bounded():
-                self._client.log_batch(self._run_id, metrics=points)
-        self._logged = len(ended)
+        with self._connection.bounded():
+            for step in range(self._ended + 1, len(ended) + 1):
+                if (best := best_of(ended[:step])) is not None:
+                    moment = _milliseconds(ended[step - 1].ended)
+                    self._client.log_metric(self._run_id, _BEST_METRIC, best.value, moment, step)
+        self._ended = len(ended)
 
-    def _settings(self, trial: TrialJob) -> dict[str, Any]:
-        return chosen_settings(self._space, trial.chosen)
+    def _settings(self, trial: Trial) -> Mapping[str, Any]:
+        return chosen_settings(self._space, trial.description["TunedHyperParameters"])
 
-    def _parent_tags(self, search: TuningJob) -> dict[str, str]:
-        """What the trials were billed, by their runs."""
-        tags = search_tags(self.aws, search)
-        billed = [run.data.tags.get("job.billed_seconds") for run in self._children.values()]
-        seconds = sum(float(one) for one in billed if one)
-        tags["job.billed_seconds"] = f"{seconds:.0f}"
-        if self.prices is not None and (cost := self.prices.billed(search.instance_type, 1, seconds)) is not None:
-            tags["job.cost"] = told(cost)
-        return tags
+    def _shown(self, trial: Trial) -> str:
+        return format_params(self._settings(trial))
 
-    def _note(self, search: TuningJob, trials: list[TrialJob], best: TrialJob | None) -> str:
+    def _note(self, job: TuningJob, trials: Sequence[Trial], best: Trial | None) -> str:
         """The run's description."""
         states = [self._children[trial.name].data.tags.get("trial.state", trial.status) for trial in trials]
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-        line = f"{len(trials)} trials of {search.stage} ({counts}) by SageMaker's {search.strategy} search."
+        line = f"{len(trials)} trials of {job.stage} ({counts}) by SageMaker's {job.config['Strategy']} search."
         if best is None:
             return line
-        rows = [(str(one.number), [one.value or 0.0], self._settings(one)) for one in trials if one.is_complete]
+        complete = [trial for trial in trials if trial.is_complete]
+        rows = [(str(trial.number), [trial.value or 0.0], self._settings(trial)) for trial in complete]
         return f"{line} Best: {best.label}, in the artifacts as `{BEST}`.\n\n{best_table([METRIC], rows)}"
 
-    def _write_table(self, path: Path, trials: list[TrialJob]) -> None:
-        names = sorted({name for trial in trials for name in self._settings(trial)})
+    def _write_table(self, path: Path, trials: Sequence[Trial]) -> None:
+        columns = ["number", "state", METRIC, "seconds", *self._space.distributions, "reason", "run", "job"]
         with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(["number", "state", METRIC, "seconds", *names, "reason", "run", "job"])
+            table = csv.DictWriter(file, columns, lineterminator="\n")
+            table.writeheader()
             for trial in trials:
-                child, settings = self._children[trial.name], self._settings(trial)
-                seconds = round((trial.ended - trial.created).total_seconds(), 1)
-                table.writerow(
-                    [trial.number, child.data.tags.get("trial.state"), trial.value, seconds]
-                    + [settings.get(name) for name in names]
-                    + [trial.failure, child.info.run_id, trial.name]
-                )
+                child = self._children[trial.name]
+                row = {"number": trial.number, "state": child.data.tags.get("trial.state"), METRIC: trial.value}
+                row |= {"seconds": round((trial.ended - trial.created).total_seconds(), 1), "reason": trial.failure}
+                table.writerow(row | {"run": child.info.run_id, "job": trial.name, **self._settings(trial)})
 
-    def _write_best(self, folder: Path, search: TuningJob, best: TrialJob, count: int) -> None:
+    def _write_best(self, folder: Path, job: TuningJob, best: Trial, count: int) -> None:
         """The best trial's own experiment under a header that says where it is from."""
         run_id = self._children[best.name].info.run_id
-        own = Path(self._client.download_artifacts(run_id, EXPERIMENT, str(folder)))
+        experiment = Path(self._client.download_artifacts(run_id, EXPERIMENT, str(folder)))
         header = (
-            f"# stocktake {TRAINED_BY[search.stage]} --experiment {BEST}\n#\n"
-            f"# Trial {best.number} of {count} in {search.name}: {METRIC} {best.value:.4g}.\n"
+            f"# stocktake {TRAINED_BY[job.stage]} --experiment {BEST}\n#\n"
+            f"# Trial {best.number} of {count} in {job.name}: {METRIC} {best.value:.4g}.\n"
         )
-        (folder / BEST).write_text(header + own.read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / BEST).write_text(header + experiment.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def search_tags(aws: Aws, search: TuningJob) -> dict[str, str]:
-    """What the run says about its tuning job."""
-    return {
+def tuning_tags(aws: Aws, job: TuningJob) -> dict[str, str]:
+    """What a run says about its tuning job."""
+    return job_tags(aws, job) | {
         "stage": "tune",
-        "job.name": search.name,
-        "job.arn": search.arn,
-        "job.state": search.step,
-        "job.logs": search.log_link(aws.region),
-        "job.instance": f"{search.workers} x {search.instance_count} x {search.instance_type}",
-        "job.spot": str(search.is_spot).lower(),
-        "job.strategy": search.strategy,
+        "job.state": job.step,
+        "job.instance": f"{job.workers} x {job.instance_count} x {job.instance_type}",
+        "job.strategy": str(job.config["Strategy"]),
     }
 
 
-def _milliseconds(moment: Any) -> int:
+def _milliseconds(moment: datetime.datetime) -> int:
     return int(moment.timestamp() * 1000)

@@ -1,17 +1,16 @@
 """`stocktake job`: a command inside a training container, by SageMaker's contract of folders.
 
     input/config/hyperparameters.json   the command and its parameters
-    input/config/resourceconfig.json    the machines
+    input/config/resourceconfig.json    the instances
     input/data/bins/                    the root
     checkpoints/runs/                   run folders; synchronised with S3, and there again after an interruption
     checkpoints/JOB/runs/               the same in a trial of a tuning job, whose trials share one place in S3
-    output/data/runs/                   the same without the weights, for the way home
+    output/data/runs/                   the same without the weights: the job's output
     output/failure                      why it failed, in a line
     model/                              the MLflow model
 
-In a training job of a tuning job the command is one trial with what SageMaker has chosen. It keeps its run to itself.
-
-The command runs in a process of its own, so that this one is left to tell what became of it.
+In a training job of a tuning job the command is one trial with what SageMaker has chosen; it does not log to MLflow.
+The command runs in a process of its own, so that this one can report how it ended, even if it is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from typing import Any
 
 import stocktake
 from stocktake.aws.parameters import COMMAND, TUNE, as_arguments
-from stocktake.aws.request import BINS, HOSTS
+from stocktake.aws.request import BINS, INSTANCE_COUNT
 from stocktake.config import DdpConfig, JobConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import resolve
@@ -39,11 +38,11 @@ from stocktake.tracking.attached_run import attached_run_id
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.local_store import FINISHED, LocalRun
 
-# As ddp and rung have them, whose imports (torch) this process does not need: it only waits.
+# As commands.ddp has it, whose import of torch this process does not need: it only waits.
 PROGRAM = (sys.executable, str(Path(stocktake.__file__).parent))
 MODEL = "model"
 PORT = 29_400
-"""Where the machines of a job meet, on the first one."""
+"""Of the rendezvous, on the first instance."""
 _REASON_LENGTH = 1000  # SageMaker cuts it off at 1,024
 _TERMINATED = 128 + signal.SIGTERM
 JOB_NAME = "TRAINING_JOB_NAME"
@@ -51,21 +50,16 @@ JOB_NAME = "TRAINING_JOB_NAME"
 
 
 @dataclass(frozen=True)
-class Machines:
-    """The machines of a job, and which of them this one is."""
+class Instances:
+    """The instances of a job, and which of them this one is."""
 
     hosts: tuple[str, ...]
     rank: int
     interface: str | None
 
-    @property
-    def is_rank_zero(self) -> bool:
-        """Whether this one keeps the run."""
-        return self.rank == 0
-
 
 def job(config: JobConfig) -> None:
-    """Run the command of the hyperparameters; its results lie where SageMaker collects them, also when it fails.
+    """Run the command of the hyperparameters; its results are where SageMaker collects them, also when it fails.
 
     Raises:
         StocktakeError: the job was put together wrongly.
@@ -73,109 +67,102 @@ def job(config: JobConfig) -> None:
     """
     base = Path(config.base or os.environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
     try:
-        machines = read_machines(_read(base, "resourceconfig"))
+        instances = read_instances(_read(base, "resourceconfig"))
         workspace = _workspace(base)
-        words = _command(base, workspace, machines)
-        print(f"machine {machines.rank + 1} of {len(machines.hosts)}: stocktake {' '.join(words)}", flush=True)
-        code, reason = _run(words, _variables(machines))
-        if machines.is_rank_zero:
+        words = _command(base, workspace, instances)
+        print(f"instance {instances.rank + 1} of {len(instances.hosts)}: stocktake {' '.join(words)}", flush=True)
+        code, reason = _run(words, _variables(instances))
+        if instances.rank == 0:
             collect(workspace / "runs", base)
     except StocktakeError as error:
         _write_failure(base, str(error))
         raise
-    if code == _TERMINATED:
-        sys.exit(code)
-    if code:
+    if code and code != _TERMINATED:
         _write_failure(base, reason)
+    if code:
         sys.exit(code)
 
 
-def read_machines(resources: Mapping[str, Any]) -> Machines:
-    """The machines as SageMaker says; StocktakeError where they are not as many as were asked for."""
+def read_instances(resources: Mapping[str, Any]) -> Instances:
+    """The instances as SageMaker says; StocktakeError where they are not as many as were asked for."""
     hosts = tuple(sorted(resources["hosts"], key=lambda host: (len(host), host)))
-    asked = int(os.environ.get(HOSTS) or len(hosts))
-    if len(hosts) != asked:
-        raise StocktakeError(f"the job has {len(hosts)} machines ({', '.join(hosts)}), not the {asked} it asked for")
-    return Machines(hosts, hosts.index(resources["current_host"]), resources.get("network_interface_name"))
+    expected = int(os.environ.get(INSTANCE_COUNT) or len(hosts))
+    if len(hosts) != expected:
+        raise StocktakeError(f"the job has {len(hosts)} instances ({', '.join(hosts)}), not {expected}")
+    return Instances(hosts, hosts.index(resources["current_host"]), resources.get("network_interface_name"))
 
 
 def unfinished_run(runs: Path) -> Path | None:
     """The run that an interruption left behind, if it has a checkpoint to go on from. Others are begun again."""
-    found = None
+    resumable = None
     for path in sorted(runs.glob("*/run.json")):
-        folder = LocalRun.open(path.parent)
-        if folder.state.status == FINISHED or folder.state.parent is not None:
+        run = LocalRun.open(path.parent)
+        if run.state.status == FINISHED or run.state.parent is not None:
             continue
         if (path.parent / "checkpoints" / "last.ckpt").is_file():
-            found = path.parent
-        elif folder.state.attach_run_id == attached_run_id():
-            shutil.rmtree(path.parent)  # interrupted before its first checkpoint: nothing in it is worth a second run
-    return found
+            resumable = path.parent
+        elif run.state.attach_run_id == attached_run_id():
+            shutil.rmtree(path.parent)  # interrupted before its first checkpoint: it has nothing worth a second run
+    return resumable
 
 
 def collect(runs: Path, base: Path) -> None:
-    """Copy what goes home with the job's output: the run folders without their checkpoints, and the model."""
-    data, model = base / "output" / "data", base / "model"
+    """Copy what the job's output holds: the run folders without their checkpoints, and the model."""
+    data = base / "output" / "data"
     # Renamed when whole: a container that is killed meanwhile leaves no half run, but its checkpoints.
-    beside = shutil.copytree(runs, base / "work" / "home", ignore=shutil.ignore_patterns(".*", "checkpoints", "*.ckpt"))
+    copy = shutil.copytree(runs, base / "work" / "output", ignore=shutil.ignore_patterns(".*", "checkpoints", "*.ckpt"))
     data.mkdir(parents=True, exist_ok=True)
-    beside.rename(data / "runs")
-    chosen = _model_folder(runs)
-    if chosen is not None:
-        shutil.copytree(chosen, model, dirs_exist_ok=True)
+    copy.rename(data / "runs")
+    if (model := _model_folder(runs)) is not None:
+        shutil.copytree(model, base / "model", dirs_exist_ok=True)
 
 
-def _command(base: Path, workspace: Path, machines: Machines) -> list[str]:
-    """The command line of this machine."""
+def _command(base: Path, workspace: Path, instances: Instances) -> list[str]:
+    """The command line of this instance."""
     hyperparameters = {name: str(value) for name, value in _read(base, "hyperparameters").items()}
     data = base / "input" / "data"
     command, arguments = as_arguments(hyperparameters, data)
-    is_trial = hyperparameters[COMMAND] == TUNE
     if (data / BINS).is_dir():
         arguments += ["--root", str(data / BINS)]
     arguments += ["--workspace", str(workspace)]
-    if is_trial:
-        arguments += ["--tracking.offline", "true"]
-    elif machines.is_rank_zero and (trouble := _tracking_trouble()) is not None:
-        print(f"{trouble}: the results go home with the job's output", flush=True)
+    is_trial = hyperparameters[COMMAND] == TUNE
+    failure = None if is_trial or instances.rank else _tracking_failure()
+    if failure is not None:
+        print(f"{failure}: the results come with the job's output", flush=True)
+    if is_trial or failure is not None:
         arguments += ["--tracking.offline", "true"]
     if command not in ("finetune", "ddp", "remote_trial"):
         return [command, *arguments]
-    if (earlier := unfinished_run(workspace / "runs")) is not None:
-        if machines.is_rank_zero:
-            print(f"going on with {earlier.name} after an interruption", flush=True)
-        arguments += ["--resume", str(earlier)]
-    if is_trial:
-        return [command, *arguments]
-    return _distributed(command, arguments, hyperparameters, machines)
+    if (run := unfinished_run(workspace / "runs")) is not None:
+        print(f"resuming {run.name} after an interruption", flush=True)
+        arguments += ["--resume", str(run)]
+    return [command, *arguments] if is_trial else _distributed(command, arguments, hyperparameters, instances)
 
 
 def _distributed(
-    command: str, arguments: list[str], hyperparameters: Mapping[str, str], machines: Machines
+    command: str, arguments: list[str], hyperparameters: Mapping[str, str], instances: Instances
 ) -> list[str]:
-    """The command, as one of ddp where there is more than one process: torchrun's agent runs on every machine."""
-    default = max(1, len([*Path("/dev").glob("nvidia[0-9]*")]))
-    if command == "ddp":
-        default = DdpConfig.nproc
-    nproc, nnodes = int(hyperparameters.get("nproc", default)), len(machines.hosts)
-    asked = hyperparameters.get("training.world_size")
-    if asked not in (None, "null", str(nproc * nnodes)):
+    """The command, as ddp where there is more than one process: torchrun's agent runs on every instance."""
+    default = DdpConfig.nproc if command == "ddp" else max(1, len([*Path("/dev").glob("nvidia[0-9]*")]))
+    nproc, nnodes = int(hyperparameters.get("nproc", default)), len(instances.hosts)
+    world_size = hyperparameters.get("training.world_size")
+    if world_size not in (None, "null", str(nproc * nnodes)):
         raise StocktakeError(
-            f"--training.world_size {asked}, but the job has {nnodes} machines with {nproc} processes each: change "
-            "instance_count, instance_type or nproc"
+            f"--training.world_size {world_size}, but the job has {nnodes} instances with {nproc} processes each: "
+            "change instance_count, instance_type or nproc"
         )
     if nproc * nnodes == 1 and command != "ddp":
         return [command, *arguments]
     if "nproc" not in hyperparameters:
         arguments = [*arguments, "--nproc", str(nproc)]
     if nnodes > 1:
-        meeting = f"{machines.hosts[0]}:{PORT}"
-        arguments += ["--nnodes", str(nnodes), "--node_rank", str(machines.rank), "--rendezvous", meeting]
-    return ["ddp" if command == "finetune" else command, *arguments]
+        rendezvous = f"{instances.hosts[0]}:{PORT}"
+        arguments += ["--nnodes", str(nnodes), "--node_rank", str(instances.rank), "--rendezvous", rendezvous]
+    return ["ddp", *arguments]
 
 
 def _run(words: list[str], variables: Mapping[str, str]) -> tuple[int, str]:
-    """Run `stocktake WORDS`, whose output is seen as it comes; SIGTERM is handed on to it.
+    """Run `stocktake WORDS`; its output is passed through, and SIGTERM passed on to it.
 
     Returns:
         Its exit code, _TERMINATED after a SIGTERM, and if it is not 0 the reason in a line.
@@ -183,40 +170,40 @@ def _run(words: list[str], variables: Mapping[str, str]) -> tuple[int, str]:
     process = subprocess.Popen(
         [*PROGRAM, *words], env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, errors="replace"
     )
-    last = ""
-    with _handed_on(process) as is_terminated:
+    last_line = ""
+    with _signals_passed_on(process) as signals:
         for line in process.stderr or ():
             sys.stderr.write(line)
             sys.stderr.flush()
-            last = line.strip() or last
+            last_line = line.strip() or last_line
         code = process.wait()
-    if is_terminated and code:
+    if signals and code:
         return _TERMINATED, "SIGTERM"
     if code < 0:
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
         return 128 - code, f"{words[0]} was killed by {signal.Signals(-code).name}{memory}"
-    return code, last.removeprefix("stocktake: ") or f"{words[0]} ended with exit code {code}"
+    return code, last_line.removeprefix("stocktake: ") or f"{words[0]} ended with exit code {code}"
 
 
 @contextmanager
-def _handed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C go on to the process; yields the signals that came."""
-    came: list[int] = []
+def _signals_passed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """Pass SIGTERM and Ctrl-C on to the process; yields the signals received so far."""
+    received: list[int] = []
 
-    def hand_on(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _workspace(base: Path) -> Path:
-    """A workspace whose run folders are checkpoints, and whose caches are not."""
+    """A workspace whose run folders are in the checkpoints, and whose caches are not."""
     inside = Path("checkpoints")
     if _read(base, "hyperparameters").get(COMMAND) == TUNE:
         inside /= os.environ.get(JOB_NAME, "trial")
@@ -228,13 +215,13 @@ def _workspace(base: Path) -> Path:
     return workspace
 
 
-def _variables(machines: Machines) -> dict[str, str]:
-    if machines.interface is None or len(machines.hosts) == 1:
+def _variables(instances: Instances) -> dict[str, str]:
+    if instances.interface is None or len(instances.hosts) == 1:
         return {}
-    return {f"{library}_SOCKET_IFNAME": machines.interface for library in ("GLOO", "NCCL")}
+    return {f"{library}_SOCKET_IFNAME": instances.interface for library in ("GLOO", "NCCL")}
 
 
-def _tracking_trouble() -> str | None:
+def _tracking_failure() -> str | None:
     """Why the run cannot be logged while the job runs; None if it can."""
     from stocktake.tracking.uploader import get_run
 
@@ -252,17 +239,16 @@ def _tracking_trouble() -> str | None:
 
 
 def _model_folder(runs: Path) -> Path | None:
-    """The model of the job's run: a ladder's is that of its best rung."""
+    """The model of the job's run: a ladder's is that of its best stage."""
     folders = [LocalRun.open(path.parent) for path in runs.glob("*/run.json")]
-    tops = sorted((one for one in folders if one.state.parent is None), key=lambda one: one.state.start_ms)
+    tops = [run for run in folders if run.state.parent is None]
     if not tops:
         return None
-    top = tops[-1]
-    of_best = [
-        one for one in folders if one.state.parent == top.path.name and one.tags.get("stage") == top.tags.get("best")
-    ]
-    found = [one.path / "models" / MODEL for one in (top, *of_best)]
-    return next((path for path in found if (path / "MLmodel").is_file()), None)
+    top = max(tops, key=lambda run: run.state.start_ms)
+    children = [run for run in folders if run.state.parent == top.path.name]
+    best = [run for run in children if run.tags.get("stage") == top.tags.get("best")]
+    models = [run.path / "models" / MODEL for run in (top, *best)]
+    return next((model for model in models if (model / "MLmodel").is_file()), None)
 
 
 def _read(base: Path, name: str) -> dict[str, Any]:

@@ -1,19 +1,17 @@
-"""`stocktake jobs`: list training and tuning jobs, follow one to its end and bring its results home, or stop it."""
+"""`stocktake jobs`: list training and tuning jobs, follow one to its end and collect its results, or stop it."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from stocktake.aws.connection import Aws
-from stocktake.aws.jobs import COMPLETED, Job, newest
-from stocktake.aws.prices import Prices, read_prices, told
-from stocktake.aws.results import cost_of
-from stocktake.aws.tuning_jobs import TuningJob, newest_searches
-from stocktake.aws.watch import stop_job, watch
+from stocktake.aws.jobs import COMPLETED, Job, TuningJob, list_jobs, stop_job
+from stocktake.aws.watch import left_running, watch
 from stocktake.config import JobsConfig
 from stocktake.errors import StocktakeError
+from stocktake.tables import show_table
 
 
 def jobs(config: JobsConfig) -> None:
@@ -22,46 +20,39 @@ def jobs(config: JobsConfig) -> None:
     Raises:
         StocktakeError: AWS refuses, there is no such job, or the one that was followed did not complete.
     """
-    aws = Aws(config.region)
-    prices = read_prices(Path(config.prices))
+    aws = Aws(config.region, bucket_owner=config.bucket_owner)
     name = config.stop or config.follow
     if name is None:
-        found: list[Job | TuningJob] = [*newest(aws, config.limit), *newest_searches(aws, config.limit)]
-        _show(sorted(found, key=lambda job: job.created, reverse=True)[: config.limit], prices)
+        rows = [_row(job) for job in list_jobs(aws, config.limit)]
+        if rows:
+            show_table(rows)
+        else:
+            print("no jobs; submit one with `mlflow run . -b sagemaker --backend-config deploy/sagemaker.json`")
         return
     if config.stop:
         stop_job(aws, name)
-    job = watch(aws, name, Path(config.workspace), config.tracking, prices)
-    if job is not None and job.status != COMPLETED and not config.stop:
+    job = watch(aws, name, Path(config.workspace), config.tracking)
+    if job is None:
+        print(left_running(name))
+    elif job.status != COMPLETED and not config.stop:
         raise StocktakeError(f"{name} {job.status}: {job.failure or job.step}; its logs: {job.log_link(aws.region)}")
 
 
-def _show(found: Sequence[Job | TuningJob], prices: Prices | None) -> None:
-    if not found:
-        print("no jobs; submit one with `mlflow run . -b sagemaker --backend-config deploy/sagemaker.json`")
-        return
-    rows = [("NAME", "STATE", "AGE", "MACHINES", "COST", "RUN"), *(_row(job, prices) for job in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+def _row(job: Job | TuningJob) -> dict[str, Any]:
+    at_once = f"{job.workers} x " if isinstance(job, TuningJob) else ""
+    return {
+        "name": job.name,
+        "state": job.step if isinstance(job, TuningJob) or not job.has_ended else job.status,
+        "age": _age(datetime.datetime.now(datetime.UTC) - job.created),
+        "instances": f"{at_once}{job.instance_count} x {job.instance_type}{' spot' if job.is_spot else ''}",
+        "billed s": job.billed_seconds,  # the sum over a tuning job's trials is on its run
+        "run": job.run_id,
+    }
 
 
-def _row(job: Job | TuningJob, prices: Prices | None) -> tuple[str, ...]:
-    cost = cost_of(job, prices) if isinstance(job, Job) else None  # the sum over a tuning job's trials is on its run
-    at_once = "" if isinstance(job, Job) else f"{job.workers} x "
-    return (
-        job.name,
-        job.status if job.has_ended and isinstance(job, Job) else job.step,
-        _age(datetime.datetime.now(datetime.UTC) - job.created),
-        f"{at_once}{job.instance_count} x {job.instance_type}{' spot' if job.is_spot else ''}",
-        "-" if cost is None else told(cost),
-        job.run_id or "-",
-    )
-
-
-def _age(passed: datetime.timedelta) -> str:
+def _age(age: datetime.timedelta) -> str:
     """In its largest unit: 40s, 12min, 3h, 2d."""
-    seconds = max(0, int(passed.total_seconds()))
+    seconds = max(0, int(age.total_seconds()))
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds // length}{unit}"

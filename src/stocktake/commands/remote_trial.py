@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from stocktake.aws.request import GIVEN
+from stocktake.aws.request import ORIGINAL_PATHS
 from stocktake.commands.stage_runs import log_config, own_run, prepare_data, run_tags
 from stocktake.commands.trial import train_trial
 from stocktake.config import RemoteTrialConfig
@@ -37,7 +37,7 @@ def remote_trial(config: RemoteTrialConfig) -> None:
 
 def with_original_paths(config: StageConfig) -> StageConfig:
     """The config with the paths of whoever has started the search, so that it means the same elsewhere."""
-    originals = {name: os.environ.get(variable) for name, variable in GIVEN.items()}
+    originals = {name: os.environ.get(variable) for name, variable in ORIGINAL_PATHS.items()}
     # A value that is no path here, such as weights that the search has chosen by name, is nobody's file
     files = {name: value for name, value in originals.items() if Path(str(getattr(config, name, ""))).is_absolute()}
     return dataclasses.replace(config, **{name: value for name, value in files.items() if value})  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import yaml
 
 from stocktake import distributed
-from stocktake.aws.request import ROOT
+from stocktake.aws.request import ORIGINAL_PATHS
 from stocktake.config import ImageConfig, TrackingConfig
 from stocktake.data.array_cache import ArrayCache
 from stocktake.data.manifest import Manifest, build_manifest
@@ -195,7 +195,7 @@ def run_tags(config: ImageConfig, manifest: Manifest, stage: str) -> dict[str, s
 
 def shown_root(manifest: Manifest) -> str:
     """The root as whoever started this knows it: a training job reads it from a folder of its own."""
-    return os.environ.get(ROOT) or manifest.source.root
+    return os.environ.get(ORIGINAL_PATHS["root"]) or manifest.source.root
 
 
 def log_config(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], manifest: Manifest) -> None:

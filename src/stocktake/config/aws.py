@@ -25,7 +25,7 @@ class JobConfig(Settings):
 
 @dataclass
 class JobsConfig(Settings):
-    """List SageMaker training and tuning jobs; follow one and bring its results home; stop one.
+    """List SageMaker training and tuning jobs; follow one and collect its results; stop one.
 
     Examples:
         stocktake jobs
@@ -38,15 +38,15 @@ class JobsConfig(Settings):
     """Name of a job: show its log and state until it ends, then bring its results into its MLflow run. Of a tuning
     job every trial becomes a child run."""
     stop: str | None = None
-    """Name of a job: end it, and bring home what it has."""
+    """Name of a job: end it, and collect what it has."""
     limit: Annotated[int, Field(ge=1, le=1000)] = 20
     """How many to list, newest first."""
     region: str | None = None
     """AWS region. Default: AWS_DEFAULT_REGION, or the profile's."""
     workspace: str = "workspace"
-    """Run folders come home to runs/ in here."""
-    prices: str = "deploy/prices.yaml"
-    """YAML with what machines cost."""
+    """Run folders are collected to runs/ in here."""
+    bucket_owner: str | None = None
+    """Account that must own the bucket of the job's results: S3 refuses to give them out if another one does."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -16,26 +16,27 @@ from stocktake.tuning.config_overrides import flat_settings, with_overrides
 from stocktake.tuning.search_defaults import DEFAULT_SPACES, STAGES, TRIALS, choose_pruner, stage_config
 from stocktake.tuning.space import Distribution, Space, find_space, parse_space
 
-OF_THE_SEARCH = frozenset(one.name for one in dataclasses.fields(TuneConfig)) - {
-    one.name for one in dataclasses.fields(RemoteTrialConfig)
+SEARCH_SETTINGS = frozenset(field.name for field in dataclasses.fields(TuneConfig)) - {
+    field.name for field in dataclasses.fields(RemoteTrialConfig)
 }
-"""Settings of `tune` that say how is searched: no trial is given them."""
+"""Settings of `tune` that say how to search: no trial gets them."""
 _REFUSED = {
     "storage": "SageMaker keeps the search itself: leave it out",
+    "study": "SageMaker keeps the search itself: leave it out",
     "resume": "it is a folder of this machine: name an earlier tuning job as warm_start in the backend config",
     "warm_start": 'earlier tuning jobs are named in the backend config: "warm_start": ["NAME"]',
     "timeout": "a tuning job ends after its trials, and each of them after max_run_seconds in the backend config",
+    "objectives": "a tuning job has one objective, macro_f1: leave it out, or search on this machine",
 }
-_MOST_NAMES = 100
-"""Hyperparameters of a training job."""
 
 
 @dataclass(frozen=True)
-class Search:
+class TuningSpec:
     """What `tune` is asked for."""
 
-    stage: str
     space: Space
+    ranges: dict[str, list[dict[str, Any]]]
+    """The space as `ParameterRanges`."""
     strategy: str
     """Bayesian, Random or Hyperband."""
     stops_early: bool
@@ -48,35 +49,33 @@ class Search:
     seed: int
 
 
-def read_search(config: TuneConfig, parameters: Mapping[str, str]) -> Search:
+def read_tuning_spec(config: TuneConfig, parameters: Mapping[str, str]) -> TuningSpec:
     """What a tuning job is to do, from the settings of the local study.
 
     Args:
         config: of `tune`; its space is looked for from the current folder.
-        parameters: those that were given.
+        parameters: those that the user gave.
 
     Raises:
         StocktakeError: a setting that SageMaker cannot do, with what to do instead.
     """
+    default = TuneConfig()
     for name, reason in _REFUSED.items():
-        if name in parameters or getattr(config, name):
+        if getattr(config, name) != getattr(default, name) or (name in parameters and name != "objectives"):
             raise StocktakeError(f"-P {name} cannot be given to a tuning job: {reason}")
-    if len(config.objectives) > 1:
-        raise StocktakeError(
-            f"-P objectives=[{','.join(config.objectives)}]: a tuning job has one objective; leave it out, or search "
-            "on this machine"
-        )
     base = stage_config(config)
     space = find_space(config.space, DEFAULT_SPACES[config.stage], base)
+    if not tuned_names(space):
+        raise StocktakeError("-P space: nothing in it varies: a tuning job needs a range")
     pruner, epochs = choose_pruner(config), int(space.highest("epochs", getattr(base, "epochs", 1)))
     if pruner == "hyperband" and epochs < 2:
         raise StocktakeError(
             f"-P pruner=hyperband weighs epochs, of which {config.stage} has {epochs} here: take another pruner"
         )
     trials = config.trials or TRIALS
-    return Search(
-        stage=config.stage,
+    return TuningSpec(
         space=space,
+        ranges=parameter_ranges(space),
         strategy="Hyperband" if pruner == "hyperband" else {"tpe": "Bayesian", "random": "Random"}[config.sampler],
         stops_early=pruner in ("asha", "median"),
         trials=trials,
@@ -84,9 +83,6 @@ def read_search(config: TuneConfig, parameters: Mapping[str, str]) -> Search:
         max_epochs=epochs,
         seed=config.seed,
     )
-
-
-# Ranges ---------------------------------------------------------------------------------------------------------------
 
 
 def load_space(text: str, stage: str) -> Space:
@@ -102,12 +98,12 @@ def load_space(text: str, stage: str) -> Space:
     return parse_space(content, STAGES[stage](), "the tuning job's search space")
 
 
-def names(space: Space) -> list[str]:
-    """Of the hyperparameters that SageMaker chooses: all but those with one value, which AWS takes for no range."""
+def tuned_names(space: Space) -> list[str]:
+    """The settings that SageMaker chooses: all but those with one value, which AWS does not take for a range."""
     return [
         name
-        for name, one in space.distributions.items()
-        if isinstance(one, CategoricalDistribution) or not one.single()
+        for name, distribution in space.distributions.items()
+        if isinstance(distribution, CategoricalDistribution) or not distribution.single()
     ]
 
 
@@ -118,40 +114,30 @@ def parameter_ranges(space: Space) -> dict[str, list[dict[str, Any]]]:
         StocktakeError: choices that are the same as text.
     """
     ranges: dict[str, list[dict[str, Any]]] = {}
-    for name in names(space):
+    for name in tuned_names(space):
         distribution = space.distributions[name]
         if isinstance(distribution, CategoricalDistribution):
             texts = [_text(choice) for choice in distribution.choices]
-            if twice := next((text for text in texts if texts.count(text) > 1), None):
-                raise StocktakeError(f"-P space: {name}: two choices are {twice} as text: keep one of them")
+            if len(set(texts)) < len(texts):
+                raise StocktakeError(f"-P space: {name}: two of {', '.join(texts)} are the same as text: keep one")
             ranges.setdefault("CategoricalParameterRanges", []).append({"Name": name, "Values": texts})
             continue
-        high: float = distribution.high
+        kind, high = "ContinuousParameterRanges", float(distribution.high)
         if isinstance(distribution, IntDistribution):
             # Every value of a stepped range gets `step` whole numbers, its own and those above: all are equally likely
-            high += distribution.step - 1
+            kind, high = "IntegerParameterRanges", distribution.high + distribution.step - 1
         bounds = {"MinValue": _text(distribution.low), "MaxValue": _text(high)}
         scale = {"ScalingType": "Logarithmic" if distribution.log else "Linear"}
-        kind = "IntegerParameterRanges" if isinstance(distribution, IntDistribution) else "ContinuousParameterRanges"
         ranges.setdefault(kind, []).append({"Name": name, **bounds, **scale})
     return ranges
 
 
-def check_number(space: Space, static: Mapping[str, str]) -> None:
-    """Raises StocktakeError for more hyperparameters than a training job may have."""
-    count = len(names(space)) + len(static)
-    if count > _MOST_NAMES:
-        raise StocktakeError(f"{count} hyperparameters: a tuning job has {_MOST_NAMES} at most, tuned and fixed ones")
-    if not names(space):
-        raise StocktakeError("-P space: nothing in it varies: a tuning job needs a range")
-
-
 def chosen_settings(space: Space, chosen: Mapping[str, str]) -> dict[str, Any]:
-    """A trial's settings by their dotted names: what SageMaker has chosen.
+    """A trial's settings by their dotted names.
 
     Args:
         space: of the search.
-        chosen: texts by the names of `names`, and others, which are not looked at.
+        chosen: texts by the names of `tuned_names`, as SageMaker chose them; others are not looked at.
 
     Raises:
         StocktakeError: a name is missing, or a text is none of the space's.
