@@ -166,10 +166,13 @@ def test_a_job_logs_through_the_arn(managed: Gateway, emulator: EmulatedAws, tin
             "image": "image:1",
             "environment": {"SAGEMAKER_MLFLOW_CUSTOM_ENDPOINT": managed.uri},
         },
-        synchronous=False,
     )
     run = mlflow.MlflowClient(ARN, ARN).get_run(done.run_id)
-    assert (run.info.status, run.data.tags["stage"], run.data.tags["arrived"]) == ("FINISHED", "majority", "live")
+    assert (run.info.status, run.data.tags["stage"], run.data.tags["results.source"]) == (
+        "FINISHED",
+        "majority",
+        "live",
+    )
     assert run.data.metrics["test/n"] > 0
     assert emulator.job(run.data.tags["job.name"])["Environment"]["MLFLOW_TRACKING_URI"] == ARN
     assert managed.refused == []

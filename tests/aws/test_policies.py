@@ -28,7 +28,6 @@ CLIENTS = {"sagemaker": "sagemaker", "logs": "logs", "s3": "s3", "_s3": "s3"}
 ACTIONS = {
     "download_file": "GetObject",
     "head_bucket": "ListBucket",
-    "head_object": "GetObject",
     "list_objects_v2": "ListBucket",
 }
 """Where a method does not bear its action's name."""
@@ -74,12 +73,12 @@ def _operations(service: str) -> dict[str, str]:
 def granted(name: str) -> set[str]:
     """The actions of a policy."""
     statements = json.loads((PROJECT / "deploy" / "policies" / f"{name}.json").read_text())["Statement"]
-    listed = [one["Action"] if isinstance(one["Action"], list) else [one["Action"]] for one in statements]
+    listed = [[entry["Action"]] if isinstance(entry["Action"], str) else entry["Action"] for entry in statements]
     return {action for actions in listed for action in actions}
 
 
 def test_a_caller_may_do_what_the_project_calls_and_no_more() -> None:
-    called = called_actions(PROJECT / "src" / "stocktake" / "cloud")
+    called = called_actions(PROJECT / "src" / "stocktake" / "aws")
     assert {"sagemaker:CreateTrainingJob", "s3:PutObject", "logs:GetLogEvents"} <= called
     assert granted("caller") == called | IMPLIED
 
@@ -87,6 +86,14 @@ def test_a_caller_may_do_what_the_project_calls_and_no_more() -> None:
 def test_a_job_may_do_what_sagemaker_does_for_it_and_no_more() -> None:
     assert granted("job") == OF_SAGEMAKER
     assert granted("managed-mlflow") == {"sagemaker-mlflow:*"}
+
+
+def test_roles_are_for_sagemaker_in_this_account_only() -> None:
+    (trust,) = json.loads((PROJECT / "deploy" / "policies" / "trust.json").read_text())["Statement"]
+    assert trust["Condition"] == {"StringEquals": {"aws:SourceAccount": "ACCOUNT"}}
+    caller = json.loads((PROJECT / "deploy" / "policies" / "caller.json").read_text())["Statement"]
+    (passing,) = (statement for statement in caller if statement["Action"] == "iam:PassRole")
+    assert passing["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
 
 
 def as_user(rights: Any, service: str) -> Any:
@@ -109,6 +116,9 @@ def test_what_the_policies_do_not_name_is_refused(
         lambda: sagemaker.describe_training_job(TrainingJobName="theirs"),
         lambda: sagemaker.create_model(ModelName="stocktake-model", ExecutionRoleArn=rights.role),
         lambda: as_user(rights, "logs").describe_log_groups(),
+        lambda: as_user(rights, "logs").get_log_events(
+            logGroupName="/aws/sagemaker/TrainingJobs", logStreamName="theirs/algo-1-1"
+        ),
         lambda: as_user(rights, "iam").list_users(),
     ):
         with pytest.raises(ClientError, match=r"AccessDenied.* is not authorized to perform"):
@@ -152,7 +162,7 @@ def test_a_container_acts_as_its_role(emulator: EmulatedAws, rights: Any) -> Non
     script = """
 import boto3, botocore, os
 print(boto3.client("sts").get_caller_identity()["Arn"])
-for key in ("stocktake/mine", "bins/not-mine"):
+for key in ("stocktake/jobs/mine", "stocktake/checkpoints/mine", "stocktake/code/theirs", "bins/theirs"):
     try:
         boto3.client("s3").put_object(Bucket=os.environ["BUCKET"], Key=key, Body=b"1")
         print(key, "written")
@@ -162,6 +172,6 @@ for key in ("stocktake/mine", "bins/not-mine"):
     variables = {"BUCKET": emulator.bucket}
     emulator.train("as-role", script, program="python", RoleArn=rights.role, Environment=variables)
     assert emulator.ended("as-role")["TrainingJobStatus"] == "Completed"
-    who, mine, other = emulator.log("as-role/")
+    who, *written = emulator.log("as-role/")
     assert ":assumed-role/stocktake-job/" in who
-    assert (mine, other) == ("stocktake/mine written", "bins/not-mine AccessDenied")
+    assert [line.split()[-1] for line in written] == ["written", "written", "AccessDenied", "AccessDenied"]

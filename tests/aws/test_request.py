@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from stocktake.aws.jobs import new_name
 from stocktake.aws.packaging import pack_source
 from stocktake.aws.parameters import as_arguments, read_parameters
-from stocktake.aws.jobs import new_name
 from stocktake.aws.request import training_job
 from stocktake.aws.settings import JobSettings
 from stocktake.cli import parse

