@@ -54,7 +54,7 @@ def children(site: Site, run: Run) -> list[Run]:
 @pytest.fixture(scope="module")
 def searched(site: Site) -> Run:
     """A search that was submitted, left alone, and then followed while AWS throttles and the network drops."""
-    run = site.submit("tune", wait=False, space=SPACE, trials="2", seed="9", **SEARCH)  # a bad choice, then a good one
+    run = site.submit("tune", wait=False, space=SPACE, trials="2", seed="15", **SEARCH)  # a bad choice, then a good one
     assert run.info.status == "RUNNING"
     assert children(site, run) == []
     proxy = FaultyAws(site.emulator.endpoint)
