@@ -64,8 +64,8 @@ class Site:
         )
         return self.client.get_run(submitted.run_id)
 
-    def newest(self, stage: str = "%") -> Run:
-        return self.client.search_runs([self.experiment], f"tags.job.name LIKE '{stage}'", max_results=1)[0]
+    def newest(self, condition: str = "") -> Run:
+        return self.client.search_runs([self.experiment], condition, max_results=1)[0]
 
     def steps(self, run: Run, metric: str) -> list[int]:
         return sorted(point.step for point in self.client.get_metric_history(run.info.run_id, metric))

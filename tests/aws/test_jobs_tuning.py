@@ -203,7 +203,7 @@ def test_a_search_whose_trials_all_fail_says_why(site: Site) -> None:
     space = {"classical.components": {"type": "int", "low": 5, "high": 20}}
     with pytest.raises(ExecutionException):
         site.submit("tune", space=space, **SEARCH | {"stage": "classical", "trials": "1", "task": "7-9"})
-    run = site.newest("stocktake-tune%")
+    run = site.newest("tags.stage = 'tune'")
     assert run.info.status == "FAILED"
     assert "trial-001: AlgorithmError: " in run.data.tags["failure"]
     assert "7-9" in run.data.tags["failure"]

@@ -46,7 +46,7 @@ def _row(job: Job | TuningJob) -> dict[str, Any]:
         "age": _age(datetime.datetime.now(datetime.UTC) - job.created),
         "instances": f"{at_once}{job.instance_count} x {job.instance_type}{' spot' if job.is_spot else ''}",
         "billed s": job.billed_seconds,  # the sum over a tuning job's trials is on its run
-        "run": job.run_id,
+        "run": (job.run_id or "")[:8],
     }
 
 
