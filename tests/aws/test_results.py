@@ -124,9 +124,7 @@ def test_a_killed_job_is_collected_from_its_checkpoints_into_its_own_run_only(
     client = mlflow.MlflowClient(sqlite_store, sqlite_store)
     experiment = client.create_experiment("jobs", artifact_location=str(tmp_path / "stored"))
     own, other = (client.create_run(experiment).info.run_id for _ in range(2))
-    run = LocalRun.create(
-        tmp_path / "there", name="lost", experiment="jobs", tracking_uri=None, registry_uri=None, attach_run_id=other
-    )
+    run = LocalRun.create(tmp_path / "there", name="lost", experiment="jobs", tracking_uri=None, attach_run_id=other)
     run.append_metrics({"val/macro_f1": 0.25}, 1)
     for path in run.path.rglob("*"):
         if path.is_file():

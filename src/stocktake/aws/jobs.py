@@ -175,8 +175,10 @@ def list_jobs(aws: Aws, limit: int) -> list[Job | TuningJob]:
     newest = {"NameContains": PREFIX, "SortBy": "CreationTime", "SortOrder": "Descending"}
     summaries: list[Job] = []
     with translate_aws_errors("the list of jobs"):
-        for kind, operation in ((Job, "list_training_jobs"), (TuningJob, "list_hyper_parameter_tuning_jobs")):
-            pages = aws.sagemaker.get_paginator(operation).paginate(**newest)
+        training = aws.sagemaker.get_paginator("list_training_jobs")
+        tuning = aws.sagemaker.get_paginator("list_hyper_parameter_tuning_jobs")
+        for kind, paginator in ((Job, training), (TuningJob, tuning)):
+            pages = paginator.paginate(**newest)
             listed = (kind(summary) for page in pages for summary in page[f"{kind.kind}Summaries"])
             ours = (job for job in listed if job.name.startswith(PREFIX))
             if kind is Job:
