@@ -155,7 +155,7 @@ def test_as_many_instances_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     instances = read_instances(resources)
     assert (instances.hosts, instances.rank) == (("algo-1", "algo-2", "algo-10"), 2)
     monkeypatch.setenv("STOCKTAKE_INSTANCE_COUNT", "2")
-    with pytest.raises(StocktakeError, match="2 it asked for|not 2"):
+    with pytest.raises(StocktakeError, match="not 2"):
         read_instances(resources)
 
 
