@@ -64,7 +64,7 @@ def read_leaderboard(tracking: TrackingConfig, *, stage: str | None = None) -> t
     show_in_mlflow(client, experiment.experiment_id)
     frame = leaderboard(search_runs(connection, [experiment.experiment_id]), stage)
     uri = connection.stores.tracking
-    return frame, redact(uri + view_path(experiment.experiment_id)) if is_http(uri) else None
+    return frame, redact(uri) + view_path(experiment.experiment_id) if is_http(uri) else None
 
 
 def search_runs(connection: Connection, experiment_ids: list[str], filter_string: str = "") -> pd.DataFrame:
