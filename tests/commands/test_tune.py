@@ -297,7 +297,7 @@ def test_a_killed_study_goes_on(make_config: MakeConfig, tmp_path: Path) -> None
     config = make_config(tmp_path / "s", RATE, trials=3, workers=2, epochs=6)
     process = begin(config)
     try:
-        wait_for(lambda: len(running(config, 2)) == 2, process)
+        wait_for(lambda: len(running(config)) == 2, process)
         workers = [worker_of(trial, config) for trial in running(config)]
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -308,7 +308,7 @@ def test_a_killed_study_goes_on(make_config: MakeConfig, tmp_path: Path) -> None
     finally:
         process.kill()
     interrupted = running(config)
-    assert len(interrupted) == 2
+    assert interrupted  # one may have reached its end while its worker closed
     folder = study_folder(config)
     with pytest.raises(StocktakeError, match="--epochs 6"):
         tune(replace(config, epochs=7, resume=str(folder)))
@@ -316,7 +316,7 @@ def test_a_killed_study_goes_on(make_config: MakeConfig, tmp_path: Path) -> None
 
     trials, runs = trials_of(config), runs_of(config)
     assert [trial.state for trial in trials].count(TrialState.COMPLETE) == 3
-    assert [trial.state for trial in trials].count(TrialState.FAIL) == 2
+    assert [trial.state for trial in trials].count(TrialState.FAIL) == len(interrupted)
     for trial in interrupted:
         (again,) = [other for other in trials if other.params == trial.params and other.number != trial.number]
         assert trial.intermediate_values.items() <= again.intermediate_values.items()
