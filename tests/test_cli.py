@@ -102,7 +102,7 @@ def test_the_package_can_be_started_by_name_and_by_path(started: list[str], tmp_
         (["finetune", "--training.augment", "upside"], '"training.augment": Expected'),
         (["data", "--split.fractions", "[0.5,0.5]"], '"split.fractions": Expected a tuple with 3'),
         (["data", "--split", "nonsense"], "nonsense"),
-        (["ladder", "--rungs", "[majority,penthouse]"], "penthouse"),
+        (["ladder", "--stages", "[majority,penthouse]"], "penthouse"),
         (["finetune", "--epochs", "0"], "--epochs 0 must be at least 1"),
         (["finetune", "--epochs", "-1"], "--epochs -1 must be at least 1"),
         (["finetune", "--lr", ".nan"], "--lr .nan must be"),

@@ -13,7 +13,7 @@ import yaml
 from stocktake.cli import COMMANDS, parse
 from stocktake.config.parser import ALIASES, find_experiment
 from stocktake.errors import StocktakeError
-from stocktake.tuning.search_defaults import DEFAULT_SPACES, stage_config
+from stocktake.stages.table import STAGES, stage_config
 from stocktake.tuning.space import find_space
 
 REPOSITORY = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_a_search_space_lies_beside_the_experiment_that_it_is_for(path: Path, mo
     monkeypatch.chdir(REPOSITORY)
     config = settings_of(path.with_name(path.name.replace(".space", "")))
     assert config.space == path.name.removesuffix(".space.yaml")
-    assert find_space(config.space, DEFAULT_SPACES[config.stage], stage_config(config)).distributions
+    assert find_space(config.space, STAGES[config.stage].search_space, stage_config(config)).distributions
 
 
 def flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from stocktake.commands.stage_runs import PreparedData, prepare_data
 from stocktake.config import ImageConfig, PcaSvmConfig, SplitConfig, TrackingConfig
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.majority import fit_majority
 from stocktake.models.network import create_network
 from stocktake.models.pca_svm import fit_pca_svm
+from stocktake.stages.prepare import PreparedData, prepare_data
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection
 

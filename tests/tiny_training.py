@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from stocktake import distributed
-from stocktake.commands.stage_runs import PreparedData
 from stocktake.config import FinetuneConfig, TrainingConfig
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import Precision
+from stocktake.stages.prepare import PreparedData
 from stocktake.training.fit import FitResult, fit
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
 

@@ -143,6 +143,8 @@ def process_group(*, timeout: float, expected: int | None = None) -> Iterator[Wo
 def _join(started: World, timeout: float) -> World:
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
 
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
@@ -151,7 +153,11 @@ def _join(started: World, timeout: float) -> World:
     if backend == "nccl":
         torch.cuda.set_device(started.local_rank)
     try:
-        dist.init_process_group(backend, rank=started.rank, world_size=started.size, timeout=timedelta(seconds=timeout))
+        seconds = timedelta(seconds=timeout)
+        store, rank, size = next(rendezvous("env://", started.rank, started.size, timeout=seconds))
+        # torchrun's store may be that of the processes before a restart, with their addresses
+        store = PrefixStore(f"attempt {started.restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=seconds)
     except (RuntimeError, ValueError) as error:
         raise StocktakeError(
             f"rank {started.rank} does not reach the other {started.size - 1} processes through "

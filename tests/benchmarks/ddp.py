@@ -31,10 +31,10 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
     share_the_machine()  # as the command line does, before the libraries are loaded
     import psutil
 
-    from stocktake.commands.stage_runs import prepare_data
     from stocktake.config import FinetuneConfig, SplitConfig, SyntheticConfig, TrainingConfig
     from stocktake.models.network import create_network
     from stocktake.models.precision import Precision
+    from stocktake.stages.prepare import prepare_data
     from stocktake.training.fit import fit
     from stocktake.training.module import NetworkModule
 

@@ -22,12 +22,12 @@ import psutil
 import pytest
 
 from stocktake.commands.ddp import _first_failure, ddp, launch
-from stocktake.commands.finetune import LR_RULE
-from stocktake.commands.stage_runs import prepare_data
 from stocktake.config import DdpConfig, FinetuneConfig, SplitConfig
 from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import load_model
 from stocktake.models.inference import predict
+from stocktake.stages.finetune import LR_RULE
+from stocktake.stages.prepare import prepare_data
 from tiny_bins import PLAIN_BACKBONE
 
 FAULTY = str(Path(__file__).with_name("faulty_rank.py"))

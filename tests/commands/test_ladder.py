@@ -118,8 +118,8 @@ def test_a_rung_that_fails_leaves_no_run_open(
     def fail(*_: object, **__: object) -> None:
         raise StocktakeError("the backbone went missing: put it back")
 
-    monkeypatch.setattr("stocktake.commands.frozen.extract_features", fail)
-    config.rungs = ("majority", "frozen", "finetune")
+    monkeypatch.setattr("stocktake.stages.linear_probe.extract_features", fail)
+    config.stages = ("majority", "frozen", "finetune")
     with pytest.raises(StocktakeError, match="went missing"):
         ladder(config)
     runs = runs_by_stage(sqlite_store)
@@ -134,7 +134,7 @@ def test_a_rung_that_fails_leaves_no_run_open(
 @pytest.mark.slow
 def test_offline_nothing_is_lost(config: LadderConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config.tracking = TrackingConfig(offline=True, system_metrics=False)
-    config.rungs = ("majority",)
+    config.stages = ("majority",)
     metrics = ladder(config)
     assert metrics["test/recall_3"] == 1
     out = capsys.readouterr().out
@@ -147,10 +147,10 @@ def test_offline_nothing_is_lost(config: LadderConfig, capsys: pytest.CaptureFix
 
 
 def test_no_rungs_are_refused(config: LadderConfig) -> None:
-    config.rungs = ()
-    with pytest.raises(StocktakeError, match=r"--rungs is empty: name at least one of majority, classical"):
+    config.stages = ()
+    with pytest.raises(StocktakeError, match=r"--stages is empty: name at least one of majority, classical"):
         ladder(config)
-    assert list(ladder_module._RUNGS) == STAGES
+    assert list(ladder_module.STAGES) == STAGES
 
 
 def test_how_to_see_the_runs() -> None:

@@ -68,7 +68,7 @@ def laddered(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFac
         backbone=PLAIN_BACKBONE,
         weights="none",
         precision="fp32",
-        rungs=("majority", "classical", "frozen"),
+        stages=("majority", "classical", "frozen"),
         classical=PcaSvmConfig(pixels=16, components=20),
         head=HeadConfig(c=(1e-9,), class_weight="none"),  # learns nothing but how often a quantity is
     )

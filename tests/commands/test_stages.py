@@ -20,7 +20,6 @@ from stocktake.commands.evaluate import evaluate
 from stocktake.commands.finetune import finetune
 from stocktake.commands.frozen import frozen
 from stocktake.commands.majority import majority
-from stocktake.commands.stage_runs import PreparedData, StageResult, flatten, prepare_data
 from stocktake.config import (
     ClassicalConfig,
     EvaluateConfig,
@@ -35,6 +34,8 @@ from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import load_model
 from stocktake.models.inference import predict
 from stocktake.serving.predictor import Predictor
+from stocktake.stages.prepare import PreparedData, prepare_data
+from stocktake.stages.run import StageResult, flatten
 from stocktake.training.fit import EpochLogger
 from tiny_bins import PLAIN_BACKBONE
 

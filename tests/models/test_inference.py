@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from process_pair import ProcessGroup
-from stocktake.commands.stage_runs import PreparedData
 from stocktake.data.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.inference import predict
 from stocktake.models.network import create_network
+from stocktake.stages.prepare import PreparedData
 from tiny_bins import TINY_BACKBONE, TINY_SIZE
 
 

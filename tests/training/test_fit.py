@@ -15,13 +15,13 @@ import torch
 from pytorch_lightning import Trainer
 
 import tiny_training
-from stocktake.commands.stage_runs import PreparedData
 from stocktake.config import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import confusion_matrix, scores
 from stocktake.models.inference import predict
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import Precision
+from stocktake.stages.prepare import PreparedData
 from stocktake.tracking.runs import sigterm_raises
 from stocktake.training.checkpoints import BEST, LAST, SIGTERM, find_checkpoint, stored_precision
 from stocktake.training.fit import EpochLogger, FitResult, fit

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from process_pair import ByRank, ProcessGroup
 from stocktake import distributed
-from stocktake.commands.stage_runs import PreparedData
 from stocktake.errors import StocktakeError
 from stocktake.models.network import create_network
 from stocktake.models.precision import Precision
+from stocktake.stages.prepare import PreparedData
 from stocktake.training.checkpoints import BEST, LAST
 from stocktake.training.data import BatchSampler, BinsDataModule, EpochSampler, collate
 from stocktake.training.module import NetworkModule

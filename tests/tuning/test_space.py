@@ -15,8 +15,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, TrainingConfig
 from stocktake.errors import StocktakeError
+from stocktake.stages.table import STAGES
 from stocktake.tuning.config_overrides import with_overrides
-from stocktake.tuning.search_defaults import DEFAULT_SPACES, STAGES
 from stocktake.tuning.space import Space, find_space, parse_space, read_space
 
 WRITTEN = """
@@ -103,11 +103,11 @@ def test_settings_outside_of_the_space_are_no_trial(changed: dict[str, Any]) -> 
     assert SPACE.params_of({**SPACE.suggest(drawn(SPACE, 0)), **changed}) is None
 
 
-@pytest.mark.parametrize("stage", DEFAULT_SPACES)
+@pytest.mark.parametrize("stage", [name for name in STAGES if STAGES[name].search_space])
 def test_the_default_spaces_hold_the_defaults(stage: str) -> None:
     """Else a search would leave out what is known to work."""
-    config = STAGES[stage]()
-    space = find_space(None, DEFAULT_SPACES[stage], config)
+    config = STAGES[stage].config()
+    space = find_space(None, STAGES[stage].search_space, config)
     known = {name: operator.attrgetter(name)(config) for name in space.distributions}
     known |= {"head.c": 1e-3} if stage == "frozen" else {}
     assert space.params_of(known) is not None

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from stocktake.aws.jobs import RUN_VARIABLE, TUNING_RUN_VARIABLE
 from stocktake.aws.parameters import Parameters
 from stocktake.aws.settings import JobSettings
+from stocktake.stages import ROOT
 
 if TYPE_CHECKING:  # it imports optuna
     from stocktake.aws.tuning_spec import TuningSpec
 
 BINS, CODE, FILES = "bins", "code", "files"
 """Input channels."""
-ORIGINAL_PATHS = {"root": "STOCKTAKE_ROOT", "list": "STOCKTAKE_LIST", "weights": "STOCKTAKE_WEIGHTS"}
+ORIGINAL_PATHS = {"root": ROOT, "list": "STOCKTAKE_LIST", "weights": "STOCKTAKE_WEIGHTS"}
 """Settings that are paths, and the variables that hold them as the user gave them."""
 INSTANCE_COUNT = "STOCKTAKE_INSTANCE_COUNT"
 """Variable that holds the number of instances that the job asked for."""

@@ -12,8 +12,9 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from stocktake.config import RemoteTrialConfig, TuneConfig
 from stocktake.errors import StocktakeError
+from stocktake.stages.table import STAGES, stage_config
 from stocktake.tuning.config_overrides import flat_settings, with_overrides
-from stocktake.tuning.search_defaults import DEFAULT_SPACES, STAGES, TRIALS, choose_pruner, stage_config
+from stocktake.tuning.search_defaults import TRIALS, choose_pruner
 from stocktake.tuning.space import Distribution, Space, find_space, parse_space
 
 SEARCH_SETTINGS = frozenset(field.name for field in dataclasses.fields(TuneConfig)) - {
@@ -64,7 +65,7 @@ def read_tuning_spec(config: TuneConfig, parameters: Mapping[str, str]) -> Tunin
         if getattr(config, name) != getattr(default, name) or (name in parameters and name != "objectives"):
             raise StocktakeError(f"-P {name} cannot be given to a tuning job: {reason}")
     base = stage_config(config)
-    space = find_space(config.space, DEFAULT_SPACES[config.stage], base)
+    space = find_space(config.space, STAGES[config.stage].search_space, base)
     if not tuned_names(space):
         raise StocktakeError("-P space: nothing in it varies: a tuning job needs a range")
     pruner, epochs = choose_pruner(config), int(space.highest("epochs", getattr(base, "epochs", 1)))
@@ -95,7 +96,7 @@ def load_space(text: str, stage: str) -> Space:
         content = json.loads(text)
     except ValueError:
         raise StocktakeError(f"the tuning job's search space cannot be read: {text[:80]!r}") from None
-    return parse_space(content, STAGES[stage](), "the tuning job's search space")
+    return parse_space(content, STAGES[stage].config(), "the tuning job's search space")
 
 
 def tuned_names(space: Space) -> list[str]:
@@ -150,7 +151,7 @@ def chosen_settings(space: Space, chosen: Mapping[str, str]) -> dict[str, Any]:
 
 def as_options(stage: str, settings: Mapping[str, Any]) -> list[str]:
     """Settings as a command line has them."""
-    values = flat_settings(with_overrides(STAGES[stage](), settings))
+    values = flat_settings(with_overrides(STAGES[stage].config(), settings))
     return [word for setting in settings for word in (f"--{setting}", _text(values[setting]))]
 
 

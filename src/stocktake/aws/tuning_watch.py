@@ -26,11 +26,11 @@ from stocktake.aws.tuning_spec import chosen_settings, load_space
 from stocktake.config import TrackingConfig
 from stocktake.config.yaml_io import BEST, EXPERIMENT
 from stocktake.errors import StocktakeError
+from stocktake.stages.table import STAGES
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.local_store import FAILED, KILLED, RUNNING
 from stocktake.tracking.uploader import is_generated
-from stocktake.tuning.search_defaults import TRAINED_BY
 from stocktake.tuning.study import best_table, format_params
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class TuningRuns:
             print(f"best: {best.label}, val_macro_f1 {best.value:.4f}, {self._shown(best)}")
             print(
                 f"train it: mlflow artifacts download -r {run_id} -a {BEST} -d . && stocktake "
-                f"{TRAINED_BY[job.stage]} --experiment {BEST}"
+                f"{STAGES[job.stage].command} --experiment {BEST}"
             )
         print(f"the run {run_id} is {status}; it was billed {billed} s", flush=True)
 
@@ -293,7 +293,7 @@ class TuningRuns:
         run_id = self._children[best.name].info.run_id
         experiment = Path(self._client.download_artifacts(run_id, EXPERIMENT, str(folder)))
         header = (
-            f"# stocktake {TRAINED_BY[job.stage]} --experiment {BEST}\n#\n"
+            f"# stocktake {STAGES[job.stage].command} --experiment {BEST}\n#\n"
             f"# Trial {best.number} of {count} in {job.name}: {METRIC} {best.value:.4g}.\n"
         )
         (folder / BEST).write_text(header + experiment.read_text(encoding="utf-8"), encoding="utf-8")

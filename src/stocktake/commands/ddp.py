@@ -19,11 +19,12 @@ import yaml
 
 import stocktake
 from stocktake import distributed
-from stocktake.commands.stage_runs import end_failed_run, find_run, plain, prepare_data
 from stocktake.config import DdpConfig, FinetuneConfig
 from stocktake.distributed import JobFailedError
 from stocktake.errors import StocktakeError
 from stocktake.machine import cores
+from stocktake.stages.prepare import prepare_data
+from stocktake.stages.run import end_failed_run, find_run, plain
 from stocktake.tracking.local_store import FAILED, KILLED
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from stocktake.commands.stage_runs import dataset_record
 from stocktake.config import EvaluateConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos
@@ -18,6 +17,7 @@ from stocktake.evaluation.evaluation import Evaluation
 from stocktake.progress import progress
 from stocktake.registry.models import fetch_model, resolve_alias, version_label
 from stocktake.serving.predictor import FOLDER, Predictor
+from stocktake.stages.run import dataset_record
 from stocktake.tracking.runs import start_run
 
 

@@ -9,42 +9,38 @@ from typing import Any
 
 import pandas as pd
 
-from stocktake.commands.classical import classical
 from stocktake.commands.compare import print_leaderboard
-from stocktake.commands.finetune import finetune
-from stocktake.commands.frozen import frozen
-from stocktake.commands.majority import majority
-from stocktake.commands.stage_runs import StageResult, log_config, prepare_data, run_tags
 from stocktake.config import LadderConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.registration import register_candidate
+from stocktake.stages.prepare import prepare_data
+from stocktake.stages.run import StageResult, log_config, run_tags, train_stage
+from stocktake.stages.table import STAGES
 from stocktake.tracking.leaderboard import COLUMNS, as_markdown
 from stocktake.tracking.runs import start_run
 
-_RUNGS = {"majority": majority, "classical": classical, "frozen": frozen, "finetune": finetune}
-
 
 def ladder(config: LadderConfig) -> dict[str, float]:
-    """Run the rungs as children of one run and register the best by val/macro_f1.
+    """Train the stages as children of one run and register the best by val/macro_f1.
 
     Returns:
-        The best rung's metrics.
+        The best stage's metrics.
     """
-    if not config.rungs:
-        raise StocktakeError("--rungs is empty: name at least one of " + ", ".join(_RUNGS))
+    if not config.stages:
+        raise StocktakeError("--stages is empty: name at least one of " + ", ".join(STAGES))
     prepared = prepare_data(config)
     tags = run_tags(config, prepared.manifest, "ladder")
     with start_run(config.tracking, workspace=Path(config.workspace), name="ladder", tags=tags) as run:
         log_config(run, config, LadderConfig, prepared.manifest)
         finished: list[StageResult] = []
-        for stage in config.rungs:
+        for stage in config.stages:
             print(f"\n--- {stage}", flush=True)
             began = time.monotonic()
-            rung = _RUNGS[stage](config, prepared, run)  # type: ignore[operator]
-            finished.append(rung)
-            score = rung.metrics["val/macro_f1"]
+            result = train_stage(stage, config, prepared, run)
+            finished.append(result)
+            score = result.metrics["val/macro_f1"]
             print(f"{stage}: val/macro_f1 {score:.3f} in {time.monotonic() - began:.0f} s", flush=True)
-        best = max(finished, key=lambda rung: rung.metrics["val/macro_f1"])
+        best = max(finished, key=lambda result: result.metrics["val/macro_f1"])
         table = leaderboard(finished, config.task, prepared.manifest.fingerprint, run.name)
         run.log_metrics({name: best.metrics[name] for name in best.metrics})
         run.set_tags({"best": best.stage, "mlflow.note.content": as_markdown(table)})
@@ -58,25 +54,25 @@ def ladder(config: LadderConfig) -> dict[str, float]:
     return best.metrics
 
 
-def leaderboard(rungs: list[StageResult], task: str, fingerprint: str, parent: str) -> pd.DataFrame:
-    """The rungs in the columns of `stocktake compare`, best val/macro_f1 first."""
+def leaderboard(results: list[StageResult], task: str, fingerprint: str, parent: str) -> pd.DataFrame:
+    """The stages in the columns of `stocktake compare`, best val/macro_f1 first."""
     rows: list[dict[str, Any]] = []
-    for rung in rungs:
-        metrics = rung.metrics
+    for result in results:
+        metrics = result.metrics
         row: dict[str, Any] = {column: metrics.get(column, math.nan) for column in COLUMNS}
         row |= {
-            "run": rung.run.name,
-            "stage": rung.stage,
+            "run": result.run.name,
+            "stage": result.stage,
             "task": task,
-            "backbone": rung.backbone or "",
+            "backbone": result.backbone or "",
             "test/macro_f1 interval": f"[{metrics['test/macro_f1_low']:.2f}, {metrics['test/macro_f1_high']:.2f}]",
             "n": metrics["test/n"],
-            "duration_s": rung.seconds,
+            "duration_s": result.seconds,
             "data.fingerprint": fingerprint,
             "comparable": True,
             "parent": parent,
             "status": "FINISHED",
-            "run_id": rung.run.run_id or "",
+            "run_id": result.run.run_id or "",
         }
         rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("val/macro_f1", ascending=False, ignore_index=True)

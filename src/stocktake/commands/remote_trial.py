@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 from stocktake.aws.request import ORIGINAL_PATHS
-from stocktake.commands.stage_runs import log_config, own_run, prepare_data, run_tags
 from stocktake.commands.trial import train_trial
 from stocktake.config import RemoteTrialConfig
 from stocktake.config.yaml_io import EXPERIMENT, write_experiment
-from stocktake.tuning.search_defaults import STAGES, StageConfig, stage_config
+from stocktake.stages.prepare import prepare_data
+from stocktake.stages.run import log_config, own_run, run_tags
+from stocktake.stages.table import STAGES, StageConfig, stage_config
 
 
 def remote_trial(config: RemoteTrialConfig) -> None:
@@ -27,7 +28,7 @@ def remote_trial(config: RemoteTrialConfig) -> None:
     tags = run_tags(own, prepared.manifest, "trial") | {"trial.stage": config.stage, "trial.state": "running"}
     with own_run(own, "trial", tags, reopen=Path(config.resume) if config.resume else None) as run:
         portable = with_original_paths(own)
-        log_config(run, portable, STAGES[config.stage], prepared.manifest)
+        log_config(run, portable, STAGES[config.stage].config, prepared.manifest)
         write_experiment(run.artifacts / EXPERIMENT, portable, ())
         (value,) = train_trial(run, config.stage, own, prepared)
         run.set_tags({"trial.state": "complete"})

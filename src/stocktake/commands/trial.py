@@ -11,15 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.trial import Trial
 
-from stocktake.commands.classical import train_classical
-from stocktake.commands.finetune import train_network
-from stocktake.commands.frozen import train_frozen
-from stocktake.commands.stage_runs import PreparedData, evaluate_split, log_config, run_tags, split_probabilities
 from stocktake.config import FinetuneConfig
 from stocktake.data.photos import prepare_photos
 from stocktake.errors import StocktakeError
@@ -27,11 +22,12 @@ from stocktake.models.checkpoint import save_model
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.serving.predictor import Predictor
+from stocktake.stages.prepare import PreparedData
+from stocktake.stages.run import evaluate_split, log_config, run_tags, split_probabilities
+from stocktake.stages.table import STAGES, StageConfig
 from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.training.checkpoints import find_checkpoint
-from stocktake.training.fit import EpochVerdict
 from stocktake.tuning.config_overrides import with_overrides
-from stocktake.tuning.search_defaults import STAGES, StageConfig
 from stocktake.tuning.study import KIND, OBJECTIVES, REASON, StudySpec, failure_kind
 
 CHECKPOINT = "checkpoint"
@@ -87,7 +83,7 @@ def _run(
         trial.set_user_attr("host", socket.gethostname())
         trial.set_user_attr("folder", run.folder.name)
         trial.set_user_attr("run", run.run_id)
-        log_config(run, config, STAGES[spec.stage], prepared.manifest)
+        log_config(run, config, STAGES[spec.stage].config, prepared.manifest)
         try:
             with (run.artifacts / "log.txt").open("w", encoding="utf-8", buffering=1) as log, redirect_stdout(log):
                 values = train_trial(run, spec.stage, config, prepared, trial, spec.objectives)
@@ -133,7 +129,7 @@ def train_trial(
             report_epoch(trial, figures["val/macro_f1"], epoch, is_last=epoch == getattr(config, "epochs", 1))
         return False
 
-    model = _TRAIN[stage](run, config, prepared, on_epoch)
+    model = STAGES[stage].train(run, config, prepared, on_epoch)
     probabilities = split_probabilities(model, prepared, "val", getattr(config, "batch_size", 64))
     evaluation = evaluate_split(run, model, config, prepared, "val", probabilities)
     evaluation.log(run, epochs + 1)
@@ -176,22 +172,3 @@ def measure_latency(model: CountingModel, prepared: PreparedData) -> float:
         predictor.predict([photo])
         seconds.append(time.thread_time() - start)
     return 1000 * statistics.median(seconds)
-
-
-def _finetune(run: TrackedRun, config: Any, prepared: PreparedData, on_epoch: EpochVerdict) -> CountingModel:
-    return train_network(run, config, prepared, on_epoch)[0]
-
-
-def _frozen(run: TrackedRun, config: Any, prepared: PreparedData, _on_epoch: EpochVerdict) -> CountingModel:
-    return train_frozen(run, config, prepared)
-
-
-def _classical(run: TrackedRun, config: Any, prepared: PreparedData, _on_epoch: EpochVerdict) -> CountingModel:
-    return train_classical(run, config, prepared)
-
-
-_TRAIN: dict[str, Callable[[TrackedRun, Any, PreparedData, EpochVerdict], CountingModel]] = {
-    "finetune": _finetune,
-    "frozen": _frozen,
-    "classical": _classical,
-}

@@ -21,10 +21,10 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
-from stocktake.commands.stage_runs import prepare_data
 from stocktake.commands.trial import run_trial
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
+from stocktake.stages.prepare import prepare_data
 from stocktake.tracking.local_store import FAILED
 from stocktake.tracking.sync import end_run
 from stocktake.tuning.storage import GRACE_SECONDS, open_storage

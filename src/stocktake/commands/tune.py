@@ -15,17 +15,19 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from stocktake.commands.stage_runs import log_config, prepare_data, run_tags
 from stocktake.commands.study_results import record_best, record_study
 from stocktake.commands.trial_workers import Job, TrialWorkers
 from stocktake.config import TuneConfig
 from stocktake.errors import StocktakeError
+from stocktake.stages.prepare import prepare_data
+from stocktake.stages.run import log_config, run_tags
+from stocktake.stages.table import STAGES, stage_config
 from stocktake.tracking.local_store import KILLED, RUNNING, LocalRun
 from stocktake.tracking.past_runs import best_settings
 from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.tracking.sync import end_run
 from stocktake.tuning.config_overrides import flat_settings
-from stocktake.tuning.search_defaults import DEFAULT_SPACES, STAGES, TRIALS, choose_pruner, stage_config
+from stocktake.tuning.search_defaults import TRIALS, choose_pruner
 from stocktake.tuning.space import find_space
 from stocktake.tuning.storage import (
     DATABASE,
@@ -62,7 +64,7 @@ def tune(config: TuneConfig) -> dict[str, float]:
     if len(config.objectives) > 1 and choose_pruner(config) != "none":
         raise StocktakeError(f"--pruner {config.pruner} needs one objective: give --pruner none")
     base = stage_config(config)
-    space = find_space(config.space, DEFAULT_SPACES[config.stage], base)
+    space = find_space(config.space, STAGES[config.stage].search_space, base)
     if url is not None:
         open_storage(url)  # refused before anything is written
     prepared = prepare_data(base)
@@ -103,7 +105,9 @@ def _resume(config: TuneConfig, folder: Path, url: str | None) -> dict[str, floa
             f"--resume {folder}: there is no {DATABASE} in it; of a study in a database give --storage, or "
             f"{STORAGE_VARIABLE}"
         )
-    own = dataclasses.replace(STAGES[config.stage](), tracking=config.tracking, workspace=str(folder.parent.parent))
+    own = dataclasses.replace(
+        STAGES[config.stage].config(), tracking=config.tracking, workspace=str(folder.parent.parent)
+    )
     name = LocalRun.open(folder).tags.get("study", folder.name)
     study, spec = load_study(open_storage(url), name)
     spec = dataclasses.replace(

@@ -189,10 +189,10 @@ class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig
     Examples:
         stocktake ladder
         stocktake ladder --root ../bins --task 0-5 --epochs 12
-        stocktake ladder --experiment experiments/quick.yaml --rungs '[majority,frozen]'
+        stocktake ladder --experiment experiments/quick.yaml --stages '[majority,frozen]'
     """
 
-    rungs: tuple[Literal["majority", "classical", "frozen", "finetune"], ...] = (
+    stages: tuple[Literal["majority", "classical", "frozen", "finetune"], ...] = (
         "majority",
         "classical",
         "frozen",

@@ -19,8 +19,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from stocktake.errors import StocktakeError
+from stocktake.stages.table import STAGES, StageConfig
 from stocktake.tuning.config_overrides import flat_settings, with_overrides
-from stocktake.tuning.search_defaults import STAGES, StageConfig
 from stocktake.tuning.space import Space, parse_space
 
 OBJECTIVES = ("val/macro_f1", "latency_ms")
@@ -62,7 +62,7 @@ class StudySpec:
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any], config: StageConfig | None = None) -> StudySpec:
         """The spec of `to_dict`; settings that it does not keep come from `config`."""
-        stage_config = with_overrides(config or STAGES[kept["stage"]](), kept["config"])
+        stage_config = with_overrides(config or STAGES[kept["stage"]].config(), kept["config"])
         space = parse_space(kept["space"], stage_config, "the study's space")
         return cls(**{**kept, "objectives": tuple(kept["objectives"]), "space": space, "config": stage_config})
 

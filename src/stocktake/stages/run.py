@@ -1,4 +1,4 @@
-"""What every rung of the ladder does alike: its run, its figures, its model."""
+"""What every stage does alike: its run, its figures, its model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,8 @@ import numpy.typing as npt
 import yaml
 
 from stocktake import distributed
-from stocktake.aws.request import ORIGINAL_PATHS
 from stocktake.config import ImageConfig, TrackingConfig
-from stocktake.data.array_cache import ArrayCache
-from stocktake.data.manifest import Manifest, build_manifest
-from stocktake.data.photos import prepare_photos
+from stocktake.data.manifest import Manifest
 from stocktake.data.splits import Split
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.calibration import Calibration, fit_calibration
@@ -33,6 +30,9 @@ from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import pick_device, predict
 from stocktake.serving.predictor import FOLDER
+from stocktake.stages import ROOT
+from stocktake.stages.prepare import PreparedData
+from stocktake.stages.table import STAGES
 from stocktake.tracking.attached_run import attached_run_id, take_attached_run_id
 from stocktake.tracking.local_store import FINISHED, DatasetRecord, LocalRun
 from stocktake.tracking.runs import NullRun, TrackedRun, start_run
@@ -46,15 +46,6 @@ _LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """What the rungs of one ladder share."""
-
-    manifest: Manifest
-    photos: ArrayCache
-    """Every photo of the manifest, at the config's size."""
-
-
-@dataclass(frozen=True)
 class StageResult:
     """A finished model."""
 
@@ -63,42 +54,6 @@ class StageResult:
     run: TrackedRun
     seconds: float
     backbone: str | None
-
-
-def prepare_data(config: ImageConfig) -> PreparedData:
-    """The manifest and its prepared photos; tells what the bins are.
-
-    Raises:
-        StocktakeError: bins, task or workspace cannot be used, or a quantity has no bin to learn from.
-    """
-    with distributed.local_rank_zero_first():
-        manifest = build_manifest(config, photo_size=config.image_size)
-        manifest.require_train_classes()
-        if distributed.is_rank_zero() and distributed.LAUNCHER not in os.environ:  # which has printed it
-            _tell(manifest, config.task)
-        photos = prepare_photos(manifest.source, manifest.bins, config.image_size, Path(config.workspace))
-    fingerprints = distributed.gather(manifest.fingerprint)
-    if len(set(fingerprints)) > 1:
-        other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
-        raise StocktakeError(
-            f"--root {config.root} holds other bins for rank {other} (fingerprint {fingerprints[other]}) than for "
-            f"rank 0 ({fingerprints[0]}): give every machine the same bins, --task, --list and --split"
-        )
-    return PreparedData(manifest, photos)
-
-
-def _tell(manifest: Manifest, task: str) -> None:
-    counts = manifest.counts().sum()
-    aside = f", {len(manifest.rejected)} set aside" if len(manifest.rejected) else ""
-    print(
-        f"{len(manifest.bins)} bins of task {task} in {manifest.source.root}: "
-        f"{counts['train']} train, {counts['val']} val, {counts['test']} test{aside} "
-        f"(data fingerprint {manifest.fingerprint})",
-        flush=True,
-    )
-    bare = [f"{split} {label}" for split, label, n in manifest.counted() if n == 0]
-    if bare:
-        print(f"warning: no bin in {', '.join(bare)}; such a class counts 0 in macro-F1", flush=True)
 
 
 @contextmanager
@@ -195,7 +150,7 @@ def run_tags(config: ImageConfig, manifest: Manifest, stage: str) -> dict[str, s
 
 def shown_root(manifest: Manifest) -> str:
     """The root as whoever started this knows it: a training job reads it from a folder of its own."""
-    return os.environ.get(ORIGINAL_PATHS["root"]) or manifest.source.root
+    return os.environ.get(ROOT) or manifest.source.root
 
 
 def log_config(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], manifest: Manifest) -> None:
@@ -220,6 +175,18 @@ def dataset_record(manifest: Manifest) -> DatasetRecord:
         rows=len(manifest.bins),
         profile=profile,
     )
+
+
+def train_stage(stage: str, config: Any, prepared: PreparedData, parent: TrackedRun | None = None) -> StageResult:
+    """Train a stage, evaluate and log it; alone, or as a child of the ladder's run."""
+    row = STAGES[stage]
+    name = stage if distributed.world().size == 1 else "ddp"
+    with stage_run(config, row.config, prepared, name, parent) as (run, began):
+        model = row.train(run, config, prepared)
+        after = getattr(config, "epochs", -1) + 1  # beyond the steps of the epochs: these are the run's figures
+        batch_size = getattr(config, "batch_size", 64)
+        metrics = evaluate_and_log(run, model, config, prepared, step=after, batch_size=batch_size)
+    return StageResult(name, metrics, run, time.monotonic() - began, model.spec.options.get("backbone"))
 
 
 def evaluate_and_log(

@@ -1,0 +1,17 @@
+"""Majority class: the most frequent quantity of the training split."""
+
+from __future__ import annotations
+
+from stocktake.config import ImageConfig
+from stocktake.models.majority import MajorityModel, fit_majority
+from stocktake.stages.prepare import PreparedData
+from stocktake.tracking.runs import TrackedRun
+from stocktake.training.fit import EpochVerdict
+
+
+def train(
+    _run: TrackedRun, config: ImageConfig, prepared: PreparedData, _should_stop: EpochVerdict | None = None
+) -> MajorityModel:
+    """Count the quantities of the train split."""
+    quantities = prepared.manifest.split("train")["quantity"].to_numpy()
+    return fit_majority(prepared.manifest.labels, config.image_size, quantities)

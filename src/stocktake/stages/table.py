@@ -1,0 +1,89 @@
+"""The one table of stages. A new model is a file in models/, a file in this folder, and a row here.
+
+Importing it is cheap: a stage's libraries come when it trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, MajorityConfig
+
+if TYPE_CHECKING:
+    from stocktake.models.counting_model import CountingModel
+
+StageConfig: TypeAlias = FinetuneConfig | FrozenConfig | ClassicalConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table."""
+
+    config: type
+    """Its settings."""
+    module: str
+    """Of stocktake.stages; has train(run, config, prepared, on_epoch), which gives the model that is best on val."""
+    command: str
+    """By which it is trained."""
+    search_space: dict[str, Any] = field(default_factory=dict)
+    """Of a search that is given none, as its YAML would hold it; empty: there is nothing to search."""
+
+    @property
+    def train(self) -> Callable[..., CountingModel]:
+        """Train on the train split; on_epoch is told an epoch's figures and its number, and may end the training."""
+        train: Callable[..., CountingModel] = importlib.import_module(f"stocktake.stages.{self.module}").train
+        return train
+
+
+STAGES = {
+    "majority": Stage(MajorityConfig, "majority", "majority"),
+    "classical": Stage(
+        ClassicalConfig,
+        "classical",
+        "classical",
+        {
+            "classical.c": {"type": "float", "low": 0.1, "high": 100.0, "log": True},
+            "classical.components": {"type": "int", "low": 20, "high": 200, "log": True},
+            "classical.pixels": {"choices": [16, 32, 48]},
+        },
+    ),
+    "frozen": Stage(
+        FrozenConfig,
+        "linear_probe",
+        "frozen",
+        {
+            "head.c": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True},
+            "head.class_weight": {"choices": ["balanced", "none"]},
+            "image_size": {"choices": [96, 128, 160]},
+        },
+    ),
+    "finetune": Stage(
+        FinetuneConfig,
+        "finetune",
+        "train",
+        {
+            "lr": {"type": "float", "low": 1e-4, "high": 3e-3, "log": True},
+            "weight_decay": {"type": "float", "low": 1e-3, "high": 0.3, "log": True},
+            "batch_size": {"choices": [16, 32, 64]},
+            "epochs": {"type": "int", "low": 4, "high": 10},
+            "training.freeze_epochs": {"type": "int", "low": 0, "high": 2},
+        },
+    ),
+}
+"""By name, weakest first."""
+
+
+def stage_config(config: Any) -> StageConfig:
+    """The config of the stage that is searched: what all trials have in common.
+
+    Args:
+        config: has a `stage`, and every setting of it.
+    """
+    kind = STAGES[config.stage].config
+    names = {one.name for one in dataclasses.fields(kind)} - {"resume"}
+    settings: StageConfig = kind(**{name: getattr(config, name) for name in names})
+    return settings
