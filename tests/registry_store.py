@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.registry.promotion import Event, set_challenger, set_champion
 from stocktake.registry.versions import ModelRegistry
 from stocktake.tracking.runs import TrackedRun, start_run

@@ -19,7 +19,7 @@ from mlflow.exceptions import ExecutionException
 from mlflow.tracking import MlflowClient
 from PIL import Image, ImageDraw
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.registry.models import fetch_model
 from stocktake.serving import endpoints
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from stocktake.config import ImageConfig, PcaSvmConfig, SplitConfig, TrackingConfig
+from stocktake.config.data import SplitConfig
+from stocktake.config.runs import ImageConfig, TrackingConfig
+from stocktake.config.training import PcaSvmConfig
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.majority import fit_majority
 from stocktake.models.network import create_network

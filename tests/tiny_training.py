@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stocktake import distributed
-from stocktake.config import FinetuneConfig, TrainingConfig
+from stocktake.config.training import FinetuneConfig, TrainingConfig
 from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import Precision
 from stocktake.stages.prepare import PreparedData

@@ -15,8 +15,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from stocktake import __version__, config, distributed
+from stocktake import __version__, distributed
+from stocktake.config.aws import JobConfig, JobsConfig, RemoteTrialConfig
+from stocktake.config.data import DataConfig
 from stocktake.config.parser import ALIASES, examples, parse_arguments, summary
+from stocktake.config.runs import CompareConfig, EdaConfig, EvaluateConfig, SyncConfig
+from stocktake.config.serving import DeployConfig, PredictConfig, ServeConfig
+from stocktake.config.training import (
+    ClassicalConfig,
+    DdpConfig,
+    FinetuneConfig,
+    FrozenConfig,
+    LadderConfig,
+    MajorityConfig,
+    TuneConfig,
+)
+from stocktake.config.versions import PromoteConfig, RegisterConfig, RegistryConfig, RollbackConfig
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
 
@@ -37,28 +51,28 @@ class Command:
 
 
 COMMANDS = {
-    "ladder": Command(config.LadderConfig, "ladder:ladder"),
-    "data": Command(config.DataConfig, "data:data"),
-    "eda": Command(config.EdaConfig, "eda:eda"),
-    "majority": Command(config.MajorityConfig, "majority:majority"),
-    "classical": Command(config.ClassicalConfig, "classical:classical"),
-    "frozen": Command(config.FrozenConfig, "frozen:frozen"),
-    "finetune": Command(config.FinetuneConfig, "finetune:finetune", is_distributed=True),
-    "ddp": Command(config.DdpConfig, "ddp:ddp"),
-    "tune": Command(config.TuneConfig, "tune:tune"),
-    "remote_trial": Command(config.RemoteTrialConfig, "remote_trial:remote_trial"),
-    "evaluate": Command(config.EvaluateConfig, "evaluate:evaluate"),
-    "compare": Command(config.CompareConfig, "compare:compare"),
-    "register": Command(config.RegisterConfig, "register:register"),
-    "promote": Command(config.PromoteConfig, "promote:promote"),
-    "rollback": Command(config.RollbackConfig, "rollback:rollback"),
-    "registry": Command(config.RegistryConfig, "registry:registry"),
-    "serve": Command(config.ServeConfig, "serve:serve"),
-    "deploy": Command(config.DeployConfig, "deploy:deploy"),
-    "predict": Command(config.PredictConfig, "predict:predict"),
-    "sync": Command(config.SyncConfig, "sync:sync"),
-    "jobs": Command(config.JobsConfig, "jobs:jobs"),
-    "job": Command(config.JobConfig, "job:job"),
+    "ladder": Command(LadderConfig, "ladder:ladder"),
+    "data": Command(DataConfig, "data:data"),
+    "eda": Command(EdaConfig, "eda:eda"),
+    "majority": Command(MajorityConfig, "majority:majority"),
+    "classical": Command(ClassicalConfig, "classical:classical"),
+    "frozen": Command(FrozenConfig, "frozen:frozen"),
+    "finetune": Command(FinetuneConfig, "finetune:finetune", is_distributed=True),
+    "ddp": Command(DdpConfig, "ddp:ddp"),
+    "tune": Command(TuneConfig, "tune:tune"),
+    "remote_trial": Command(RemoteTrialConfig, "remote_trial:remote_trial"),
+    "evaluate": Command(EvaluateConfig, "evaluate:evaluate"),
+    "compare": Command(CompareConfig, "compare:compare"),
+    "register": Command(RegisterConfig, "register:register"),
+    "promote": Command(PromoteConfig, "promote:promote"),
+    "rollback": Command(RollbackConfig, "rollback:rollback"),
+    "registry": Command(RegistryConfig, "registry:registry"),
+    "serve": Command(ServeConfig, "serve:serve"),
+    "deploy": Command(DeployConfig, "deploy:deploy"),
+    "predict": Command(PredictConfig, "predict:predict"),
+    "sync": Command(SyncConfig, "sync:sync"),
+    "jobs": Command(JobsConfig, "jobs:jobs"),
+    "job": Command(JobConfig, "job:job"),
 }
 
 

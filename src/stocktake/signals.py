@@ -46,9 +46,18 @@ def forward_signals(
         received.append(signal.Signals(number))
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with handlers_restored(*numbers):
+        for number in numbers:
+            signal.signal(number, forward)
         yield received
+
+
+@contextmanager
+def handlers_restored(*numbers: signal.Signals) -> Iterator[None]:
+    """Put the handlers of these signals back after the block, whatever a library installs in it."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

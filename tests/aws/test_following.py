@@ -19,7 +19,7 @@ from stocktake.aws.connection import Aws, AwsError
 from stocktake.aws.jobs import Job, find_job, printable
 from stocktake.aws.logs import LogStreams, follow_training_job
 from stocktake.aws.watch import watch
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 
 pytestmark = pytest.mark.aws
 

@@ -23,7 +23,9 @@ from aws_site import PROJECT, Site, make_site
 from emulated_aws import EmulatedAws, eventually
 from stocktake.commands.evaluate import evaluate
 from stocktake.commands.jobs import jobs
-from stocktake.config import EvaluateConfig, JobsConfig, SplitConfig, TrackingConfig
+from stocktake.config.aws import JobsConfig
+from stocktake.config.data import SplitConfig
+from stocktake.config.runs import EvaluateConfig, TrackingConfig
 from tiny_bins import tiny_root
 from tracking_server import TrackingServer, lay_out_store
 

@@ -19,7 +19,8 @@ from stocktake.aws.jobs import Job, stop_job
 from stocktake.aws.tuning_watch import follow_tuning_job
 from stocktake.cli import parse
 from stocktake.commands.jobs import jobs
-from stocktake.config import JobsConfig, TrackingConfig
+from stocktake.config.aws import JobsConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from tiny_bins import PLAIN_BACKBONE, tiny_root
 from tracking_server import lay_out_store

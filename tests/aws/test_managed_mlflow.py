@@ -18,7 +18,9 @@ from botocore.credentials import Credentials
 
 from emulated_aws import EmulatedAws
 from stocktake.commands.majority import majority
-from stocktake.config import MajorityConfig, SplitConfig, TrackingConfig
+from stocktake.config.data import SplitConfig
+from stocktake.config.runs import TrackingConfig
+from stocktake.config.training import MajorityConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection

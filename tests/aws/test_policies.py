@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 from botocore.session import get_session
 
 from emulated_aws import EmulatedAws
-from stocktake.config import S3Config
+from stocktake.config.data import S3Config
 from stocktake.data.s3_client import Bucket, ObjectError, S3Address
 
 pytestmark = pytest.mark.aws

@@ -16,7 +16,7 @@ from emulated_aws import EmulatedAws
 from stocktake.aws.connection import Aws
 from stocktake.aws.jobs import Job
 from stocktake.aws.results import collect_results, download_results
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.tracking.local_store import LocalRun
 from tiny_bins import sqlite_store
 

@@ -20,7 +20,7 @@ from stocktake.aws.request import tuning_job
 from stocktake.aws.settings import JobSettings
 from stocktake.aws.tuning_spec import chosen_settings, parameter_ranges, tuned_names
 from stocktake.cli import parse
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.tuning.config_overrides import get_setting
 from stocktake.tuning.space import Space, parse_space

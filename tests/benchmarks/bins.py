@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from stocktake.config import BinsConfig, SyntheticConfig
+from stocktake.config.data import BinsConfig, SyntheticConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos
 from stocktake.data.sources import FolderSource

@@ -31,7 +31,8 @@ def train(workspace: Path, backbone: str, precision: str) -> None:
     share_the_machine()  # as the command line does, before the libraries are loaded
     import psutil
 
-    from stocktake.config import FinetuneConfig, SplitConfig, SyntheticConfig, TrainingConfig
+    from stocktake.config.data import SplitConfig, SyntheticConfig
+    from stocktake.config.training import FinetuneConfig, TrainingConfig
     from stocktake.models.network import create_network
     from stocktake.models.precision import Precision
     from stocktake.stages.prepare import prepare_data

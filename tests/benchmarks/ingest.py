@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from s3_server import serve
-from stocktake.config import BinsConfig, S3Config
+from stocktake.config.data import BinsConfig, S3Config
 from stocktake.data import checks
 from stocktake.data import manifest as manifest_module
 from stocktake.data.s3_client import Bucket, S3Address

@@ -19,7 +19,9 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from stocktake.commands.tune import tune
-from stocktake.config import SyntheticConfig, TrackingConfig, TuneConfig
+from stocktake.config.data import SyntheticConfig
+from stocktake.config.runs import TrackingConfig
+from stocktake.config.training import TuneConfig
 from stocktake.tuning.storage import open_storage, sqlite_url
 from stocktake.tuning.study import load_study
 

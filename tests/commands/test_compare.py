@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from stocktake.commands.compare import compare
-from stocktake.config import CompareConfig, TrackingConfig
+from stocktake.config.runs import CompareConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.leaderboard import COLUMNS, as_markdown
 from stocktake.tracking.runs import start_run

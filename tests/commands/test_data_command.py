@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from stocktake.commands.data import data
-from stocktake.config import DataConfig
+from stocktake.config.data import DataConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.data.sources import FolderSource
 from stocktake.errors import StocktakeError

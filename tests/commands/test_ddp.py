@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from stocktake.commands.ddp import _first_failure, ddp, launch
-from stocktake.config import DdpConfig, FinetuneConfig, SplitConfig
+from stocktake.config.data import SplitConfig
+from stocktake.config.training import DdpConfig, FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import load_model
 from stocktake.models.inference import predict

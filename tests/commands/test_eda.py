@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from stocktake.commands.eda import eda
-from stocktake.config import EdaConfig, TrackingConfig
+from stocktake.config.runs import EdaConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from stocktake.cli import parse
 from stocktake.commands.job import job, read_instances, unfinished_run
-from stocktake.config import JobConfig
+from stocktake.config.aws import JobConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.local_store import FINISHED, KILLED, LocalRun
 from tiny_bins import PLAIN_BACKBONE, TINY_SIZE

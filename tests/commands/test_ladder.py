@@ -15,15 +15,9 @@ from stocktake.commands import ladder as ladder_module
 from stocktake.commands.ladder import ladder, ui_command
 from stocktake.commands.register import register
 from stocktake.commands.sync import sync
-from stocktake.config import (
-    HeadConfig,
-    LadderConfig,
-    PcaSvmConfig,
-    RegisterConfig,
-    SyncConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
+from stocktake.config.runs import SyncConfig, TrackingConfig
+from stocktake.config.training import HeadConfig, LadderConfig, PcaSvmConfig, TrainingConfig
+from stocktake.config.versions import RegisterConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.leaderboard import COLUMNS
 from tiny_bins import PLAIN_BACKBONE

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.models.export import export_model
 from stocktake.registry.registration import register_candidate
 from stocktake.serving import endpoints

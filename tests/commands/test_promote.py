@@ -16,7 +16,8 @@ import pytest
 
 from stocktake.commands import promote as promote_module
 from stocktake.commands.ladder import ladder
-from stocktake.config import HeadConfig, LadderConfig, PcaSvmConfig, TrackingConfig
+from stocktake.config.runs import TrackingConfig
+from stocktake.config.training import HeadConfig, LadderConfig, PcaSvmConfig
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection
 from tiny_bins import PLAIN_BACKBONE

@@ -20,12 +20,11 @@ from stocktake.commands.evaluate import evaluate
 from stocktake.commands.finetune import finetune
 from stocktake.commands.frozen import frozen
 from stocktake.commands.majority import majority
-from stocktake.config import (
+from stocktake.config.runs import EvaluateConfig, ImageConfig
+from stocktake.config.training import (
     ClassicalConfig,
-    EvaluateConfig,
     FinetuneConfig,
     FrozenConfig,
-    ImageConfig,
     MajorityConfig,
     PcaSvmConfig,
     TrainingConfig,

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 
 from stocktake.commands.sync import sync
-from stocktake.config import SyncConfig, TrackingConfig
+from stocktake.config.runs import SyncConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.local_store import LocalRun
 from stocktake.tracking.runs import start_run
@@ -86,7 +86,7 @@ def test_a_run_created_by_an_attempt_whose_answer_was_lost_is_found_again(store:
 DYING = """
 import os, signal
 from pathlib import Path
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.tracking.runs import start_run
 offline = TrackingConfig(offline=True, system_metrics=False)
 with start_run(offline, workspace=Path("workspace"), name="a", tags={}) as run:

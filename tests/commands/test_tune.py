@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from stocktake.cli import parse
 from stocktake.commands.frozen import frozen
 from stocktake.commands.tune import tune
-from stocktake.config import TrackingConfig, TrainingConfig, TuneConfig
+from stocktake.config.runs import TrackingConfig
+from stocktake.config.training import TrainingConfig, TuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection

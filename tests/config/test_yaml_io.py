@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stocktake.cli import parse
-from stocktake.config import (
+from stocktake.config.data import SplitConfig, SyntheticConfig
+from stocktake.config.training import (
     ClassicalConfig,
     FinetuneConfig,
     FrozenConfig,
     HeadConfig,
     PcaSvmConfig,
-    SplitConfig,
-    SyntheticConfig,
     TrainingConfig,
 )
 from stocktake.config.yaml_io import write_experiment

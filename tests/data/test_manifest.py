@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from stocktake.config import BinsConfig, SplitConfig
+from stocktake.config.data import BinsConfig, SplitConfig
 from stocktake.data import checks, sqlite_file
 from stocktake.data.images import decode, resize_to_square
 from stocktake.data.manifest import Manifest, build_manifest
@@ -176,7 +176,7 @@ def test_damaged_checks_are_made_again(
 
 CHECK = """
 import os, sys
-from stocktake.config import BinsConfig
+from stocktake.config.data import BinsConfig
 from stocktake.data import checks, sqlite_file
 from stocktake.data.manifest import build_manifest
 from stocktake.data.sources import FolderSource

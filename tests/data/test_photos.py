@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stocktake.config import BinsConfig
+from stocktake.config.data import BinsConfig
 from stocktake.data.images import decode, resize_to_square
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos

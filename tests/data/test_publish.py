@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stocktake.commands.data import data
-from stocktake.config import BinsConfig, DataConfig, S3Config, SplitConfig
+from stocktake.config.data import BinsConfig, DataConfig, S3Config, SplitConfig
 from stocktake.data import publish as publish_module
 from stocktake.data.manifest import Manifest, build_manifest
 from stocktake.data.photos import prepare_photos

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s3_server import serve
-from stocktake.config import S3Config
+from stocktake.config.data import S3Config
 from stocktake.data.s3_client import Bucket, Fetched, ObjectError, S3Address
 from stocktake.errors import StocktakeError
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from s3_server import Server, serve
 from stocktake.commands.data import data
-from stocktake.config import BinsConfig, DataConfig, S3Config
+from stocktake.config.data import BinsConfig, DataConfig, S3Config
 from stocktake.data import s3_download
 from stocktake.data.manifest import Manifest, build_manifest
 from stocktake.data.s3_client import ObjectError
@@ -295,7 +295,7 @@ def test_an_empty_and_a_missing_bucket_are_named(config: BinsConfig, server: Ser
 
 DOWNLOAD = """
 import resource, sys
-from stocktake.config import BinsConfig, S3Config
+from stocktake.config.data import BinsConfig, S3Config
 from stocktake.data.s3_client import Bucket, S3Address
 from stocktake.data.s3_download import _Download
 from pathlib import Path

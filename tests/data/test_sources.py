@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stocktake.config import BinsConfig
+from stocktake.config.data import BinsConfig
 from stocktake.data.images import LARGEST_FILE, PhotoError, decode_validated
 from stocktake.data.sources import FolderSource, Source, read_id_list, source_key
 from stocktake.data.sources import open_source as open_any_source

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stocktake.config import BinsConfig
+from stocktake.config.data import BinsConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.evaluation.eda import Exploration, explore
 

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from stocktake.config import PcaSvmConfig
+from stocktake.config.training import PcaSvmConfig
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.network import create_network

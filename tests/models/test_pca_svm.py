@@ -11,7 +11,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from stocktake.config import PcaSvmConfig
+from stocktake.config.training import PcaSvmConfig
 from stocktake.data.array_cache import ArrayCache
 from stocktake.models.pca_svm import fit_pca_svm, pooled_pixels
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from registry_store import make_run
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.registry.registration import register_run
 from stocktake.registry.versions import ModelRegistry
 from tracking_server import TrackingServer, lay_out_store

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stocktake.config import GateConfig
+from stocktake.config.versions import GateConfig
 from stocktake.registry.gate import (
     GateResult,
     Reference,

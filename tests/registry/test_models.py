@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from registry_store import make_run
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.models import fetch_model, resolve_alias, version_label
 from stocktake.registry.versions import ModelRegistry

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from registry_store import RUNS, make_run, promoted
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.model_card_data import publish_card, try_to_publish_card
 from stocktake.registry.promotion import (
@@ -152,7 +152,7 @@ def test_a_champion_that_moves_right_after_the_writing_is_noticed(
 
 RACER = """
 import sys
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.promotion import set_champion
 from stocktake.registry.versions import ModelRegistry

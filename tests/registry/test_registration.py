@@ -8,7 +8,7 @@ import pytest
 
 from registry_store import RUNS, WORKSPACE, make_run
 from stocktake.commands.sync import sync
-from stocktake.config import SyncConfig, TrackingConfig
+from stocktake.config.runs import SyncConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.registration import register_candidate, register_run
 from stocktake.registry.versions import ModelRegistry

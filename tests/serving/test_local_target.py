@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.registry.registration import register_candidate
 from stocktake.serving import endpoints
 from stocktake.serving.client import Client

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.redaction import redact, without_credentials
 from stocktake.tracking.addresses import absolute, resolve

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stocktake.commands.sync import sync
-from stocktake.config import SyncConfig, TrackingConfig
+from stocktake.config.runs import SyncConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.known_stores import FILE
 from stocktake.tracking.local_store import LocalRun

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.tracking.leaderboard import read_leaderboard
 from stocktake.tracking.runs import start_run
 

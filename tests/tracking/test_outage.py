@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stocktake.commands.sync import sync
-from stocktake.config import SyncConfig, TrackingConfig
+from stocktake.config.runs import SyncConfig, TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.models import fetch_model
 from stocktake.registry.registration import register_candidate

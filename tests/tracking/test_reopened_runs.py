@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.local_store import FAILED, LocalRun
 from stocktake.tracking.runs import start_run
@@ -22,7 +22,7 @@ WORKSPACE = Path("workspace")
 IN_A_RUN = """
 import signal, sys
 from pathlib import Path
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.tracking.runs import start_run
 quiet = TrackingConfig(system_metrics=False)
 tags = {"stage": "trial"}

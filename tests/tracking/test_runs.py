@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.runs import DatasetRecord, NullRun, Run, start_run
 

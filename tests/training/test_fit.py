@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning import Trainer
 
 import tiny_training
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import confusion_matrix, scores
 from stocktake.models.inference import predict

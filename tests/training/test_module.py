@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stocktake.config import FinetuneConfig, TrainingConfig
+from stocktake.config.training import FinetuneConfig, TrainingConfig
 from stocktake.errors import StocktakeError
 from stocktake.models.network import create_network
 from stocktake.training.module import NetworkModule, smoothed_targets

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, TrainingConfig
+from stocktake.config.training import ClassicalConfig, FinetuneConfig, FrozenConfig, TrainingConfig
 from stocktake.errors import StocktakeError
 from stocktake.stages.table import STAGES
 from stocktake.tuning.config_overrides import with_overrides

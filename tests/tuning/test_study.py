@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import Trial, TrialState
 
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.tuning.plots import plot_study
 from stocktake.tuning.space import parse_space

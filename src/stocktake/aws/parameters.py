@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocktake import config as configs
 from stocktake.aws.settings import JobSettings
 from stocktake.config.parser import ALIASES, find_experiment, parse_arguments, read_experiment
+from stocktake.config.runs import EdaConfig, RunConfig
+from stocktake.config.training import DdpConfig, LadderConfig, TuneConfig
 from stocktake.errors import StocktakeError
+from stocktake.stages.table import STAGES
 
 if TYPE_CHECKING:  # it imports optuna
     from stocktake.aws.tuning_spec import TuningSpec
@@ -22,15 +24,12 @@ COMMAND = "command"
 CHANNEL = "channel:"
 """Begins the value of a hyperparameter that is a file of a channel: channel:files/NAME."""
 TUNE = "tune"
-JOBS: dict[str, type[configs.RunConfig]] = {
-    "ladder": configs.LadderConfig,
-    "eda": configs.EdaConfig,
-    "majority": configs.MajorityConfig,
-    "classical": configs.ClassicalConfig,
-    "frozen": configs.FrozenConfig,
-    "finetune": configs.FinetuneConfig,
-    "ddp": configs.DdpConfig,
-    TUNE: configs.TuneConfig,
+JOBS: dict[str, type[RunConfig]] = {
+    "ladder": LadderConfig,
+    "eda": EdaConfig,
+    **{name: stage.config for name, stage in STAGES.items()},
+    "ddp": DdpConfig,
+    TUNE: TuneConfig,
 }
 """The commands that run as jobs."""
 SPACE = "search-space.json"

@@ -25,7 +25,7 @@ from stocktake.aws.results import RUN_STATES, job_tags
 from stocktake.aws.settings import read_job_settings
 from stocktake.aws.submission import Submission, UnknownOutcomeError, prepare
 from stocktake.aws.watch import left_running, watch
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.connection import brief
 from stocktake.tracking.local_store import KILLED, RUNNING

@@ -22,7 +22,7 @@ from filelock import FileLock
 from stocktake.aws.connection import Aws, AwsError, split_uri, translate_aws_errors
 from stocktake.aws.jobs import COMPLETED, Job, printable
 from stocktake.aws.jobs import FAILED as JOB_FAILED
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.redaction import without_credentials
 from stocktake.tracking.addresses import resolve
@@ -215,8 +215,7 @@ def _reason(job: Job) -> str:
 def _logged_run(connection: Connection, run_id: str | None) -> Any:
     """The job's run as MLflow has it; None where it does not."""
     try:
-        with connection.bounded():
-            return connection.client.get_run(run_id) if run_id else None
+        return connection.client.get_run(run_id) if run_id else None
     except Exception:  # whatever a tracking server does, the results come to disk
         return None
 
@@ -239,12 +238,11 @@ def _upload(folders: Sequence[Path], connection: Connection, workspace: Path, qu
 def _end_run(connection: Connection, run_id: str, status: str, tags: Mapping[str, str]) -> None:
     """Bring the MLflow run's state and tags up to date, also where the job left no run folder."""
     try:
-        with connection.bounded():
-            run = connection.client.get_run(run_id)
-            for name, value in tags.items():
-                if run.data.tags.get(name) != value:
-                    connection.client.set_tag(run_id, name, value)
-            if run.info.status != status:
-                connection.client.set_terminated(run_id, status)
+        run = connection.client.get_run(run_id)
+        for name, value in tags.items():
+            if run.data.tags.get(name) != value:
+                connection.client.set_tag(run_id, name, value)
+        if run.info.status != status:
+            connection.client.set_terminated(run_id, status)
     except Exception as error:  # whatever a tracking server does, the results are on disk
         print(f"the run {run_id} could not be brought up to date in {connection.shown}: {brief(error)}", flush=True)

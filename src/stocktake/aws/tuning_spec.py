@@ -10,7 +10,8 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from stocktake.config import RemoteTrialConfig, TuneConfig
+from stocktake.config.aws import RemoteTrialConfig
+from stocktake.config.training import TuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.stages.table import STAGES, stage_config
 from stocktake.tuning.config_overrides import flat_settings, with_overrides

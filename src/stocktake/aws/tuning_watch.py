@@ -23,7 +23,7 @@ from stocktake.aws.parameters import SPACE
 from stocktake.aws.request import FILES, METRIC
 from stocktake.aws.results import RUN_STATES, collect_results, job_tags
 from stocktake.aws.tuning_spec import chosen_settings, load_space
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.config.yaml_io import BEST, EXPERIMENT
 from stocktake.errors import StocktakeError
 from stocktake.stages.table import STAGES
@@ -144,10 +144,9 @@ class TuningRuns:
         self._connection = Connection(resolve(tracking))
         self._connection.open()
         try:
-            with self._connection.bounded():
-                run = self._client.get_run(self._run_id)
-                if is_generated(run.info.run_name):
-                    self._client.update_run(self._run_id, name="tune")
+            run = self._client.get_run(self._run_id)
+            if is_generated(run.info.run_name):
+                self._client.update_run(self._run_id, name="tune")
         except Exception as error:
             raise StocktakeError(
                 f"{self._connection.shown} does not have the run {self._run_id} of {job.name} ({brief(error)}): give "
@@ -186,7 +185,7 @@ class TuningRuns:
         billed = sum(int(run.data.tags.get("job.billed_seconds", 0)) for run in self._children.values())
         tags = tuning_tags(self._aws, job) | {"job.billed_seconds": str(billed)}
         tags |= {"mlflow.note.content": self._note(job, trials, best)} | ({"failure": failure} if failure else {})
-        with self._connection.bounded(), tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             self._write_table(folder / "trials.csv", trials)
             client.log_artifact(run_id, str(folder / "trials.csv"))
@@ -210,7 +209,7 @@ class TuningRuns:
         """The child runs, by their jobs' names; those that are missing are made."""
         folder = self._workspace / "runs"
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".children.lock"), self._connection.bounded():  # whoever stops it, follows it too
+        with FileLock(folder / ".children.lock"):  # whoever stops it, follows it too
             children = self._client.search_runs(
                 [self._experiment], f"tags.`mlflow.parentRunId` = '{self._run_id}'", max_results=50_000
             )
@@ -245,19 +244,17 @@ class TuningRuns:
                 tags = {"trial.state": "pruned", "trial.reason": "stopped early by SageMaker: behind the other trials"}
         job = find_job(self._aws, trial.name)
         collect_results(self._aws, job, self._workspace, self._tracking, run_id=run_id, tags=tags, quiet=True)
-        with self._connection.bounded():
-            self._children[trial.name] = self._client.get_run(run_id)
+        self._children[trial.name] = self._client.get_run(run_id)
         if self._children[trial.name].info.status == RUNNING:
             raise RuntimeError(f"the run {run_id} of {trial.label} is still {RUNNING}")
 
     def _log_best(self, trials: Sequence[Trial]) -> None:
         """The best value after each trial's end, at that moment: the same points, however often they are logged."""
         ended = sorted((trial for trial in trials if trial.has_ended), key=lambda trial: (trial.ended, trial.number))
-        with self._connection.bounded():
-            for step in range(self._ended + 1, len(ended) + 1):
-                if (best := best_of(ended[:step])) is not None:
-                    moment = _milliseconds(ended[step - 1].ended)
-                    self._client.log_metric(self._run_id, _BEST_METRIC, best.value, moment, step)
+        for step in range(self._ended + 1, len(ended) + 1):
+            if (best := best_of(ended[:step])) is not None:
+                moment = _milliseconds(ended[step - 1].ended)
+                self._client.log_metric(self._run_id, _BEST_METRIC, best.value, moment, step)
         self._ended = len(ended)
 
     def _settings(self, trial: Trial) -> Mapping[str, Any]:

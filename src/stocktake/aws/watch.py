@@ -9,7 +9,7 @@ from stocktake.aws.connection import Aws
 from stocktake.aws.jobs import Job, is_tuning_name, stop_job
 from stocktake.aws.logs import follow_training_job
 from stocktake.aws.results import collect_results
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 
 
 def watch(aws: Aws, name: str, workspace: Path, tracking: TrackingConfig) -> Job | None:

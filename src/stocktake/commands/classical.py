@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stocktake.config import ClassicalConfig
+from stocktake.config.training import ClassicalConfig
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import StageResult, train_stage
 

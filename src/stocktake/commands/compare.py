@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocktake.config import CompareConfig
+from stocktake.config.runs import CompareConfig
 from stocktake.errors import StocktakeError
 from stocktake.files import atomic_write
 from stocktake.tables import show_table

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stocktake.config import DataConfig
+from stocktake.config.data import DataConfig
 from stocktake.data.manifest import Manifest, build_manifest
 from stocktake.data.publish import publish
 from stocktake.data.s3_client import Bucket, S3Address

@@ -19,10 +19,11 @@ import yaml
 
 import stocktake
 from stocktake import distributed
-from stocktake.config import DdpConfig, FinetuneConfig
+from stocktake.config.training import DdpConfig, FinetuneConfig
 from stocktake.distributed import JobFailedError
 from stocktake.errors import StocktakeError
 from stocktake.machine import cores
+from stocktake.signals import handlers_restored
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import end_failed_run, find_run, plain
 from stocktake.tracking.local_store import FAILED, KILLED
@@ -116,7 +117,12 @@ def launch(
     variables = {"OMP_NUM_THREADS": str(max(1, cores() // nproc)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     variables = {name: os.environ.get(name, value) for name, value in variables.items()}
     variables[distributed.LAUNCHER] = job or uuid.uuid4().hex
-    with tempfile.TemporaryDirectory() as errors, _environment(variables), _quiet_torchrun(), _signals_restored():
+    with (
+        tempfile.TemporaryDirectory() as errors,
+        _environment(variables),
+        _quiet_torchrun(),
+        handlers_restored(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    ):
         settings = LaunchConfig(
             min_nodes=nnodes,
             max_nodes=nnodes,
@@ -255,15 +261,3 @@ def _quiet_torchrun() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-@contextmanager
-def _signals_restored() -> Iterator[None]:
-    """torchrun leaves its handlers behind."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

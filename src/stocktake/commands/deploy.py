@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from stocktake.commands.serve import model_folder, server_settings
-from stocktake.config import DeployConfig
+from stocktake.config.serving import DeployConfig
 from stocktake.data.images import PhotoError
 from stocktake.data.manifest import build_manifest
 from stocktake.errors import StocktakeError

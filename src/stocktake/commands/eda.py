@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stocktake.config import EdaConfig
+from stocktake.config.runs import EdaConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.evaluation.eda import explore
 from stocktake.tracking.local_store import DatasetRecord

@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from tqdm import trange
 
-from stocktake.config import EvaluateConfig
+from stocktake.config.runs import EvaluateConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos
 from stocktake.data.task import parse_task
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.calibration import Calibration
 from stocktake.evaluation.evaluation import Evaluation
-from stocktake.progress import progress
 from stocktake.registry.models import fetch_model, resolve_alias, version_label
 from stocktake.serving.predictor import FOLDER, Predictor
 from stocktake.stages.run import dataset_record
@@ -54,11 +54,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         run.log_params({"model": config.model, "on": config.on, "task": config.task, "seed": config.seed})
         run.log_dataset(dataset_record(manifest), "evaluation")
         parts = []
-        with progress("counting", len(bins)) as advance:
-            for start in range(0, len(bins), config.batch_size):
-                hashes = bins["hash"].iloc[start : start + config.batch_size].tolist()
-                parts.append(predictor.probabilities(photos.read(hashes), calibrated=False))
-                advance(len(hashes))
+        for start in trange(0, len(bins), config.batch_size, desc="predicting", leave=False, disable=None):
+            hashes = bins["hash"].iloc[start : start + config.batch_size].tolist()
+            parts.append(predictor.probabilities(photos.read(hashes), calibrated=False))
         evaluation = Evaluation(
             np.concatenate(parts),
             bins,

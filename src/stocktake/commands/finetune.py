@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stocktake import distributed
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import StageResult, train_stage
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stocktake.config import FrozenConfig
+from stocktake.config.training import FrozenConfig
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import StageResult, train_stage
 

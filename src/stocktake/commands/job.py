@@ -21,18 +21,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import stocktake
 from stocktake.aws.parameters import COMMAND, TUNE, as_arguments
 from stocktake.aws.request import BINS, INSTANCE_COUNT
-from stocktake.config import DdpConfig, JobConfig, TrackingConfig
+from stocktake.config.aws import JobConfig
+from stocktake.config.runs import TrackingConfig
+from stocktake.config.training import DdpConfig
 from stocktake.errors import StocktakeError
+from stocktake.signals import forward_signals
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.attached_run import attached_run_id
 from stocktake.tracking.connection import Connection, brief
@@ -171,7 +172,7 @@ def _run(words: list[str], variables: Mapping[str, str]) -> tuple[int, str]:
         [*PROGRAM, *words], env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, errors="replace"
     )
     last_line = ""
-    with _signals_passed_on(process) as signals:
+    with forward_signals(process) as signals:
         for line in process.stderr or ():
             sys.stderr.write(line)
             sys.stderr.flush()
@@ -183,23 +184,6 @@ def _run(words: list[str], variables: Mapping[str, str]) -> tuple[int, str]:
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
         return 128 - code, f"{words[0]} was killed by {signal.Signals(-code).name}{memory}"
     return code, last_line.removeprefix("stocktake: ") or f"{words[0]} ended with exit code {code}"
-
-
-@contextmanager
-def _signals_passed_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """Pass SIGTERM and Ctrl-C on to the process; yields the signals received so far."""
-    received: list[int] = []
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _workspace(base: Path) -> Path:

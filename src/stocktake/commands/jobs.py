@@ -9,7 +9,7 @@ from typing import Any
 from stocktake.aws.connection import Aws
 from stocktake.aws.jobs import COMPLETED, Job, TuningJob, list_jobs, stop_job
 from stocktake.aws.watch import left_running, watch
-from stocktake.config import JobsConfig
+from stocktake.config.aws import JobsConfig
 from stocktake.errors import StocktakeError
 from stocktake.tables import show_table
 

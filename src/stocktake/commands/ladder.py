@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stocktake.commands.compare import print_leaderboard
-from stocktake.config import LadderConfig
+from stocktake.config.training import LadderConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.registration import register_candidate
 from stocktake.stages.prepare import prepare_data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stocktake.config import MajorityConfig
+from stocktake.config.training import MajorityConfig
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import StageResult, train_stage
 

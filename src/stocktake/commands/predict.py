@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from stocktake.commands.serve import model_folder
-from stocktake.config import PredictConfig
+from stocktake.config.serving import PredictConfig
 from stocktake.data.images import LARGEST_FILE, PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.machine import cores

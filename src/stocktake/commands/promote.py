@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stocktake.config import PromoteConfig
+from stocktake.config.versions import PromoteConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.gate import GateResult, ServingStats, run_gate
 from stocktake.registry.gate_inputs import GateInputs, gather_inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stocktake.config import RegisterConfig
+from stocktake.config.versions import RegisterConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.model_card_data import try_to_publish_card
 from stocktake.registry.registration import register_run

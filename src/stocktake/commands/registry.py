@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from stocktake.config import RegistryConfig
+from stocktake.config.versions import RegistryConfig
 from stocktake.registry.model_card import format_figures
 from stocktake.registry.model_card_data import gather_card_data
 from stocktake.registry.promotion import Event, history

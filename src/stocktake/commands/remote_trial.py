@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stocktake.aws.request import ORIGINAL_PATHS
 from stocktake.commands.trial import train_trial
-from stocktake.config import RemoteTrialConfig
+from stocktake.config.aws import RemoteTrialConfig
 from stocktake.config.yaml_io import EXPERIMENT, write_experiment
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import log_config, own_run, run_tags

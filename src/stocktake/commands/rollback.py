@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stocktake.config import RollbackConfig
+from stocktake.config.versions import RollbackConfig
 from stocktake.registry.model_card_data import try_to_publish_card
 from stocktake.registry.promotion import Event, roll_back
 from stocktake.registry.versions import CHAMPION, ModelRegistry

@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from stocktake.config import ServeConfig, TrackingConfig
+from stocktake.config.runs import TrackingConfig
+from stocktake.config.serving import ServeConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.models import fetch_model
 from stocktake.serving.deployment import Deployment, version_of, write_spec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stocktake.config import SyncConfig
+from stocktake.config.runs import SyncConfig
 from stocktake.errors import StocktakeError
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import Trial
 
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.data.photos import prepare_photos
 from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import save_model

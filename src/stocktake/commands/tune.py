@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from stocktake.commands.study_results import record_best, record_study
 from stocktake.commands.trial_workers import Job, TrialWorkers
-from stocktake.config import TuneConfig
+from stocktake.config.training import TuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import log_config, run_tags

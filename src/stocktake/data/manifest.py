@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stocktake.config import BinsConfig
+from stocktake.config.data import BinsConfig
 from stocktake.data.checks import PhotoStore, check_bins
 from stocktake.data.photos import photo_cache
 from stocktake.data.sources import Source, open_source, read_id_list, source_key

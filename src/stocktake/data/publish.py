@@ -34,7 +34,7 @@ from stocktake.errors import StocktakeError
 from stocktake.files import atomic_path
 
 if TYPE_CHECKING:
-    from stocktake.config import DataConfig
+    from stocktake.config.data import DataConfig
     from stocktake.data.manifest import Manifest
 
 INDEX = "index.parquet"

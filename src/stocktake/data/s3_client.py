@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocktake.config import S3Config
+from stocktake.config.data import S3Config
 from stocktake.errors import StocktakeError
 from stocktake.files import atomic_path
 

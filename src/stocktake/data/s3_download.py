@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from stocktake.config import BinsConfig
+from stocktake.config.data import BinsConfig
 from stocktake.data.images import LARGEST_FILE, shrink
 from stocktake.data.publish import INDEX, LARGEST_INDEX, open_published_prefix
 from stocktake.data.record import LARGEST_RECORD, RecordError, parse_record

@@ -17,7 +17,7 @@ from stocktake.errors import StocktakeError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stocktake.config import BinsConfig
+    from stocktake.config.data import BinsConfig
 
 ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
 PHOTOS, RECORDS = ("bin-images/", ".jpg"), ("metadata/", ".json")

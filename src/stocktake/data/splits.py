@@ -16,7 +16,7 @@ from stocktake.errors import StocktakeError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stocktake.config import SplitConfig
+    from stocktake.config.data import SplitConfig
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

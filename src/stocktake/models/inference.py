@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from stocktake import distributed
 from stocktake.data.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel
-from stocktake.progress import progress
 
 
 def predict(
@@ -26,11 +26,12 @@ def predict(
     world = distributed.world()
     starts = range(0, len(hashes), batch_size)[world.rank :: world.size]
     parts: dict[int, npt.NDArray[np.float64]] = {}
-    with progress("predicting", len(hashes) * distributed.is_rank_zero()) as advance, torch.inference_mode():
+    hidden = None if distributed.is_rank_zero() else True
+    with tqdm(total=len(hashes), desc="predicting", leave=False, disable=hidden) as bar, torch.inference_mode():
         for start in starts:
             batch = torch.from_numpy(photos.read(hashes[start : start + batch_size])).to(device)
             parts[start] = torch.softmax(model(batch).double(), 1).cpu().numpy()
-            advance(len(batch) * world.size)
+            bar.update(len(batch) * world.size)
     dealt = {start: part for given in distributed.gather(parts) for start, part in given.items()}
     return np.concatenate([np.zeros((0, len(model.spec.labels))), *(dealt[start] for start in sorted(dealt))])
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from stocktake.data.array_cache import ArrayCache
 from stocktake.data.images import PREPROCESSING_VERSION
 from stocktake.errors import StocktakeError
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision, autocast
-from stocktake.progress import progress
 
 _CHUNK = 512
 
@@ -58,7 +58,8 @@ def _fill(
     missing = cache.missing(hashes)
     model.eval().to(device)
     title = f"extracting features of {model.spec.options['backbone']}"
-    with progress(title, len(missing)) as advance, torch.inference_mode(), autocast(precision, device):
+    bar = tqdm(total=len(missing), desc=title, leave=False, disable=None)
+    with bar, torch.inference_mode(), autocast(precision, device):
         for begin in range(0, len(missing), _CHUNK):
             found: dict[str, npt.NDArray[np.float32]] = {}
             chunk = missing[begin : begin + _CHUNK]
@@ -66,7 +67,7 @@ def _fill(
                 keys = chunk[start : start + batch_size]
                 given = model.features(torch.from_numpy(photos.read(keys)).to(device)).float().cpu().numpy()
                 found |= dict(zip(keys, given, strict=True))
-                advance(len(keys))
+                bar.update(len(keys))
             cache.add(found)
     return len(missing)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stocktake.config import PcaSvmConfig
+from stocktake.config.training import PcaSvmConfig
 from stocktake.data.array_cache import ArrayCache
 from stocktake.models.counting_model import CountingModel, ModelSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stocktake.config import GateConfig
+from stocktake.config.versions import GateConfig
 from stocktake.evaluation.intervals import paired_difference_interval
 from stocktake.evaluation.metrics import confusion_matrix, scores
 

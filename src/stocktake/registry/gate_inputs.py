@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stocktake.config import BinsConfig, TrackingConfig
+from stocktake.config.data import BinsConfig
 from stocktake.config.parser import option_names
+from stocktake.config.runs import TrackingConfig
 from stocktake.evaluation.evaluation import FOLDER
 from stocktake.redaction import without_credentials
 from stocktake.registry.gate import Reference

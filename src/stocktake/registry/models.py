@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief

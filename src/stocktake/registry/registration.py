@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.model_card_data import try_to_publish_card
 from stocktake.registry.models import search_versions

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.registry.models import search_versions
 from stocktake.tracking.addresses import resolve

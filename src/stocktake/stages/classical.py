@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from stocktake.config import ClassicalConfig
+from stocktake.config.training import ClassicalConfig
 from stocktake.models.pca_svm import PcaSvmModel, fit_pca_svm
 from stocktake.stages.prepare import PreparedData
 from stocktake.tracking.runs import TrackedRun

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from stocktake import distributed
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.figures import plot_curves
 from stocktake.models.inference import pick_device

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stocktake.config import FrozenConfig
+from stocktake.config.training import FrozenConfig
 from stocktake.evaluation.metrics import confusion_matrix, scores
 from stocktake.models.inference import pick_device
 from stocktake.models.linear_probe import extract_features, fit_head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stocktake.config import ImageConfig
+from stocktake.config.runs import ImageConfig
 from stocktake.models.majority import MajorityModel, fit_majority
 from stocktake.stages.prepare import PreparedData
 from stocktake.tracking.runs import TrackedRun

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stocktake import distributed
-from stocktake.config import ImageConfig
+from stocktake.config.runs import ImageConfig
 from stocktake.data.array_cache import ArrayCache
 from stocktake.data.manifest import Manifest, build_manifest
 from stocktake.data.photos import prepare_photos

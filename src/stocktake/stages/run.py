@@ -19,7 +19,7 @@ import numpy.typing as npt
 import yaml
 
 from stocktake import distributed
-from stocktake.config import ImageConfig, TrackingConfig
+from stocktake.config.runs import ImageConfig, TrackingConfig
 from stocktake.data.manifest import Manifest
 from stocktake.data.splits import Split
 from stocktake.errors import StocktakeError

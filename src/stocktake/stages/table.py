@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from stocktake.config import ClassicalConfig, FinetuneConfig, FrozenConfig, MajorityConfig
+from stocktake.config.training import ClassicalConfig, FinetuneConfig, FrozenConfig, MajorityConfig
 
 if TYPE_CHECKING:
     from stocktake.models.counting_model import CountingModel

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from filelock import FileLock
@@ -110,10 +110,6 @@ class Connection:
             self.client.search_experiments(max_results=1)
         except Exception as error:
             raise StocktakeError(f"cannot use the tracking store {self.shown} ({brief(error)}): {ways_out}") from error
-
-    def bounded(self) -> AbstractContextManager[None]:
-        """Nothing any more: the limits hold for all requests of the process."""
-        return nullcontext()
 
     def health_check(self, timeout: float = PROBE_SECONDS) -> str | None:
         """Why the server does not answer; None if it does, whatever it says, and for a store without a server."""

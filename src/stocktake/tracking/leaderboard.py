@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.redaction import redact
 from stocktake.tracking.addresses import is_http, resolve

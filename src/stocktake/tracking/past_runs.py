@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection
 from stocktake.tracking.leaderboard import search_runs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from stocktake.config import TrackingConfig
+from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.redaction import redact, without_credentials
 from stocktake.tracking.addresses import Stores, given_uri, resolve

@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, OnExcept
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from stocktake import distributed
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.files import atomic_write
 from stocktake.models.precision import Precision

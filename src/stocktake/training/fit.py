@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -24,13 +25,13 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from stocktake import distributed
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.data.array_cache import ArrayCache
 from stocktake.data.manifest import Manifest
 from stocktake.errors import StocktakeError
 from stocktake.models.network import NetworkModel
 from stocktake.models.precision import Precision
-from stocktake.progress import shown
+from stocktake.signals import handlers_restored
 from stocktake.training.checkpoints import (
     BEST,
     LAST,
@@ -126,7 +127,7 @@ def fit(
         best,
         RelocatableCheckpoint(checkpoints, Path(LAST).stem, enable_version_counter=False),
     ]
-    is_shown = shown() and world.rank == 0
+    is_shown = sys.stderr.isatty() and world.rank == 0
     if is_shown:
         callbacks.append(TQDMProgressBar(leave=False))
     trainer = Trainer(
@@ -254,21 +255,19 @@ def _signals(world: distributed.World) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if world.size == 1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error, SIGTERMException):
-            signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
-            signal.raise_signal(signal.SIGTERM)
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
+    with handlers_restored(signal.SIGINT, signal.SIGTERM):
+        if world.size == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            yield
+        except SystemExit as error:
+            if isinstance(error, SIGTERMException):
+                signal.signal(signal.SIGTERM, sigterm_handler)
+                signal.raise_signal(signal.SIGTERM)
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
 
 
 def _quieten() -> None:

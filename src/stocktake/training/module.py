@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from stocktake import distributed
-from stocktake.config import FinetuneConfig
+from stocktake.config.training import FinetuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.metrics import scores
 from stocktake.models.network import NetworkModel

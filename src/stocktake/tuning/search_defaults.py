@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stocktake.config import TuneConfig
+from stocktake.config.training import TuneConfig
 
 TRIALS = 20
 """Of a search that is given no number."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stocktake.config import SyntheticConfig
+from stocktake.config.data import SyntheticConfig
 from stocktake.data.synthetic import root as root_module
 from stocktake.data.synthetic.bins import QUANTITIES, Plan
 from stocktake.data.synthetic.bins import plans as endless_plans

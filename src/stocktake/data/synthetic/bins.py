@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.random import Generator, SeedSequence, default_rng
 
-from stocktake.config import SyntheticConfig
+from stocktake.config.data import SyntheticConfig
 from stocktake.data.synthetic.rendering import Compartment, Pose, Product
 
 # How many of the public dataset's 8,710 bins have this quantity.

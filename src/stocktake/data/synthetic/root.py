@@ -20,7 +20,7 @@ from numpy.random import SeedSequence, default_rng
 from PIL import Image
 from tqdm import tqdm
 
-from stocktake.config import SyntheticConfig
+from stocktake.config.data import SyntheticConfig
 from stocktake.data.synthetic import rendering
 from stocktake.data.synthetic.bins import Plan, plans
 from stocktake.errors import StocktakeError
