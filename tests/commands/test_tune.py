@@ -93,7 +93,7 @@ def runs_of(config: TuneConfig) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def searched(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> TuneConfig:
-    space = {**HEAD, "backbone": {"choices": [PLAIN_BACKBONE, "resnot18"]}, "image_size": {"choices": [24, 32]}}
+    space = {**HEAD, "backbone": {"choices": [PLAIN_BACKBONE, "resnot18"]}, "image_size": {"choices": [32, 48]}}
     config = make_config(tmp_path_factory.mktemp("searched") / "s", space, stage="frozen", trials=8, workers=2)
     tune(config)
     return config
@@ -185,7 +185,7 @@ def test_trials_that_fall_behind_are_pruned(make_config: MakeConfig, tmp_path: P
 
 
 def test_macro_f1_against_latency(make_config: MakeConfig, tmp_path: Path) -> None:
-    space = {"image_size": {"choices": [24, 64]}}
+    space = {"image_size": {"choices": [32, 64]}}
     config = make_config(tmp_path / "s", space, trials=3, epochs=1, objectives=("macro_f1", "latency"))
     tune(config)
     artifacts = study_folder(config) / "artifacts"
