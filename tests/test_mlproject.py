@@ -59,7 +59,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MLFLOW_REGISTRY_URI", uri)
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
         patch.chdir(folder)
+        before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()  # another test may have set them
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
         yield folder
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
 
 
 @pytest.fixture

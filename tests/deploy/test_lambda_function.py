@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
 
@@ -43,6 +44,7 @@ def endpoint(emulator: EmulatedAws, photo: bytes, tmp_path_factory: pytest.TempP
     config = {"execution_role_arn": emulator.role, "bucket": emulator.bucket, "image_url": "1.dkr.ecr/stocktake:1"}
     config |= {"instance_type": "ml.c7i.large"}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boto3, "DEFAULT_SESSION", None)  # it may hold another test's keys
         for name, value in emulator.environment.items():
             patch.setenv(name, value)
         client = get_deploy_client("sagemaker:/us-east-1")
