@@ -1,4 +1,4 @@
-"""Bad input through the command line: one line and exit code 2, or set aside, listed, and on with the rest."""
+"""Bad input through the command line: one line and exit code 2, or rejected, listed, and on with the rest."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_main_climbs_the_ladder_and_registers_a_candidate(project: Project, tmp_
     version = project.client.get_model_version_by_alias("stocktake", "candidate")
     registered = project.client.get_run(version.run_id)
     assert registered.data.metrics["val/macro_f1"] == best.data.metrics["val/macro_f1"]
-    assert f"candidate: stocktake version {version.version}" in done.stdout
+    assert f"candidate: stocktake/{version.version}" in done.stdout
     assert "mlflow ui --backend-store-uri" in done.stdout
     for child in children:
         assert 0 <= child.data.metrics["test/macro_f1_low"] <= child.data.metrics["test/macro_f1_high"] <= 1

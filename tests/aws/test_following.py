@@ -82,8 +82,8 @@ def test_lines_of_two_instances_have_their_names_and_no_control_characters(
 ) -> None:
     resources = {"InstanceType": "ml.m5.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 1}
     attack = r"printf 'safe \033]0;title\007\033[2J\r\200text\n'"
-    emulator.train("two-hosts", attack, ResourceConfig=resources)
-    follow_training_job(Aws(), "two-hosts", poll_seconds=0.1)
+    emulator.train("two-hosts-follow", attack, ResourceConfig=resources)
+    follow_training_job(Aws(), "two-hosts-follow", poll_seconds=0.1)
     out = capsys.readouterr().out
     assert {line[:8] for line in out.splitlines() if "safe" in line} == {"[algo-1]", "[algo-2]"}
     assert printable(out.replace("\n", "")) == out.replace("\n", "")

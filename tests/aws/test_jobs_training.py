@@ -173,7 +173,7 @@ def test_two_instances_train_one_model(site: Site, tiny_root: Path) -> None:
             model=str(folder / "models" / "model"),
             root=str(tiny_root),
             task="1-3",
-            split=SplitConfig(fractions=(0.6, 0.2, 0.2), twin_distance=0),
+            split=SplitConfig(fractions=(0.6, 0.2, 0.2), near_duplicate_distance=0),
             workspace=str(site.workspace.parent / "here"),
             tracking=TrackingConfig(offline=True, system_metrics=False),
         )

@@ -13,11 +13,13 @@ from typing import Any
 
 import mlflow
 import pytest
+from safetensors.torch import save_file
 
 from stocktake.commands import promote as promote_module
 from stocktake.commands.ladder import ladder
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.training import HeadConfig, LadderConfig, PcaSvmConfig
+from stocktake.models.backbones import create_backbone
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection
 from tiny_bins import PLAIN_BACKBONE
@@ -67,12 +69,15 @@ def laddered(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFac
         **{**tiny_settings, "tracking": TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)},
         workspace="workspace",
         backbone=PLAIN_BACKBONE,
-        weights="none",
+        weights=str(folder / "blind.safetensors"),
         precision="fp32",
         stages=("majority", "classical", "frozen"),
         classical=PcaSvmConfig(pixels=16, components=20),
-        head=HeadConfig(c=(1e-9,), class_weight="none"),  # learns nothing but how often a quantity is
+        head=HeadConfig(class_weight="none"),
     )
+    # all features are 0: the frozen stage learns nothing but how often a quantity is
+    backbone, _ = create_backbone(PLAIN_BACKBONE, config.image_size)
+    save_file({name: tensor * 0 for name, tensor in backbone.state_dict().items()}, folder / "blind.safetensors")
     ladder(config)
     assert (folder / "workspace" / "registry" / "stocktake-1" / "card.html").is_file()
     patch.undo()

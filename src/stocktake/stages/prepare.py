@@ -47,10 +47,10 @@ def prepare_data(config: ImageConfig) -> PreparedData:
 
 def _tell(manifest: Manifest, task: str) -> None:
     counts = manifest.counts().sum()
-    aside = f", {len(manifest.rejected)} set aside" if len(manifest.rejected) else ""
+    rejected = f", {len(manifest.rejected)} rejected" if len(manifest.rejected) else ""
     print(
         f"{len(manifest.bins)} bins of task {task} in {manifest.source.root}: "
-        f"{counts['train']} train, {counts['val']} val, {counts['test']} test{aside} "
+        f"{counts['train']} train, {counts['val']} val, {counts['test']} test{rejected} "
         f"(data fingerprint {manifest.fingerprint})",
         flush=True,
     )
