@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 from stocktake.aws.request import ORIGINAL_PATHS
-from stocktake.commands.trial import train_trial
 from stocktake.config.aws import RemoteTrialConfig
 from stocktake.config.yaml_io import EXPERIMENT, write_experiment
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import log_config, own_run, run_tags
 from stocktake.stages.table import STAGES, StageConfig, stage_config
+from stocktake.tuning.trial import train_trial
 
 
 def remote_trial(config: RemoteTrialConfig) -> None:

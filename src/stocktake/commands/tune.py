@@ -15,8 +15,6 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from stocktake.commands.study_results import record_best, record_study
-from stocktake.commands.trial_workers import Job, TrialWorkers
 from stocktake.config.training import TuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.stages.prepare import prepare_data
@@ -27,6 +25,7 @@ from stocktake.tracking.past_runs import best_settings
 from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.tracking.sync import end_run
 from stocktake.tuning.config_overrides import flat_settings
+from stocktake.tuning.results import record_best, record_study
 from stocktake.tuning.search_defaults import TRIALS, choose_pruner
 from stocktake.tuning.space import find_space
 from stocktake.tuning.storage import (
@@ -48,6 +47,7 @@ from stocktake.tuning.study import (
     save_spec,
     trials_left,
 )
+from stocktake.tuning.workers import Job, TrialWorkers
 
 _POLL_SECONDS = 0.5
 

@@ -21,7 +21,6 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
-from stocktake.commands.trial import run_trial
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
 from stocktake.stages.prepare import prepare_data
@@ -29,6 +28,7 @@ from stocktake.tracking.local_store import FAILED
 from stocktake.tracking.sync import end_run
 from stocktake.tuning.storage import GRACE_SECONDS, open_storage
 from stocktake.tuning.study import StudySpec, create_study, failure_streak, make_sampler, trials_left
+from stocktake.tuning.trial import run_trial
 
 _MOST_RETRIES = 2
 """How often a trial is repeated whose process was killed."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from optuna.study import Study
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from stocktake.commands.trial import CHECKPOINT
 from stocktake.config.yaml_io import BEST, write_experiment
 from stocktake.data.photos import prepare_photos
 from stocktake.errors import StocktakeError
@@ -22,6 +21,7 @@ from stocktake.tracking.runs import TrackedRun
 from stocktake.tuning.config_overrides import with_overrides
 from stocktake.tuning.plots import plot_study
 from stocktake.tuning.study import StudySpec, best_table, best_trial, format_params
+from stocktake.tuning.trial import CHECKPOINT
 
 
 def record_study(run: TrackedRun, spec: StudySpec, study: Study) -> None:
