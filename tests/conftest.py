@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,15 @@ from stocktake.cli import main
 
 pytest_plugins = ["sagemaker_local.pytest_plugin", "emulated_aws"]
 EXIF_ORIENTATION = 0x0112
+
+
+@pytest.fixture(autouse=True)
+def fresh_aws_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3's default session, and MLflow's S3 client, keep the first keys that they see, which are another test's."""
+    if boto3 := sys.modules.get("boto3"):
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    if repository := sys.modules.get("mlflow.store.artifact.s3_artifact_repo"):
+        repository._cached_get_s3_client.cache_clear()
 
 
 @dataclass(frozen=True)

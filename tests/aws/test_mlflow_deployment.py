@@ -6,7 +6,6 @@ import base64
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pandas as pd
 import pytest
@@ -37,7 +36,6 @@ def test_mlflow_deploys_a_model(
 ) -> None:
     from stocktake.serving.pyfunc import save_pyfunc
 
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it may hold another test's keys
     for name, value in emulator.environment.items():
         monkeypatch.setenv(name, value)
     model = save_pyfunc(exported, tmp_path / "model", bin_photo(1))
