@@ -1,4 +1,4 @@
-"""Models and how they are trained and searched. The ladder's config is every rung's config at once."""
+"""Models and how they are trained and searched. The ladder's config is every stage's config at once."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -1,1 +1,1 @@
-"""Floor 2: every rung of the ladder is a network from photos to one logit a quantity."""
+"""Models: each is a network from photos to one logit a quantity."""

@@ -60,7 +60,7 @@ class StageResult:
 def stage_run(
     config: ImageConfig, kind: type[ImageConfig], prepared: PreparedData, stage: str, parent: TrackedRun | None
 ) -> Iterator[tuple[TrackedRun, float]]:
-    """The run of one rung: a child of the ladder's, or its own. Yields it with the time it began.
+    """The run of one stage: a child of the ladder's, or its own. Yields it with the time it began.
 
     Of a ladder's config only the settings of this `kind` are logged: a majority class has no backbone. In a
     distributed job the first process has the run, and the others a NullRun.
