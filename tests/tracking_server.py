@@ -18,6 +18,17 @@ import pytest
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy a test before this one set
 
+MLMODEL = """\
+flavors:
+  python_function:
+    loader_module: nothing
+    python_version: 3.11.0
+mlflow_version: 3.17.2
+model_uuid: 0a1b2c3d
+utc_time_created: '2026-01-01 00:00:00.000000'
+"""
+"""The MLmodel file of a model that only has to be there."""
+
 
 class TrackingServer:
     """`mlflow server` on a loopback port, with its own SQLite file."""

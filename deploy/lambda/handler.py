@@ -16,7 +16,7 @@ from aws_lambda_powertools import Logger, Metrics, Tracer
 from aws_lambda_powertools.event_handler import APIGatewayHttpResolver, APIGatewayRestResolver, CORSConfig, Response
 from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
-from photos import Endpoint, PhotoRequest, RequestError
+from photos import Endpoint, PhotoRequest, RequestError, decoded
 from pydantic import ValidationError
 from settings import Settings
 
@@ -126,8 +126,6 @@ def _is_json(headers: Any) -> bool:
 
 
 def _raw_body(event: dict[str, Any]) -> bytes:
-    from photos import decoded
-
     if not event.get("isBase64Encoded"):
         raise RequestError(415, "send JSON, or a photo with its media type (API Gateway must pass it on as binary)")
     return decoded(event.get("body") or "")

@@ -13,17 +13,7 @@ from registry_store import make_run
 from stocktake.config.runs import TrackingConfig
 from stocktake.registry.registration import register_run
 from stocktake.registry.versions import ModelRegistry
-from tracking_server import TrackingServer, lay_out_store
-
-MLMODEL = """\
-flavors:
-  python_function:
-    loader_module: nothing
-    python_version: 3.11.0
-mlflow_version: 3.17.2
-model_uuid: 0a1b2c3d
-utc_time_created: '2026-01-01 00:00:00.000000'
-"""
+from tracking_server import MLMODEL, TrackingServer, lay_out_store
 
 
 @pytest.fixture(autouse=True)

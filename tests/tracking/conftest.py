@@ -10,17 +10,7 @@ from typing import Any
 
 import pytest
 
-from tracking_server import TrackingServer, lay_out_store
-
-MLMODEL = """\
-flavors:
-  python_function:
-    loader_module: nothing
-    python_version: 3.11.0
-mlflow_version: 3.17.2
-model_uuid: 0a1b2c3d
-utc_time_created: '2026-01-01 00:00:00.000000'
-"""
+from tracking_server import MLMODEL, TrackingServer, lay_out_store
 
 
 @pytest.fixture(autouse=True)
