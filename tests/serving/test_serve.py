@@ -208,3 +208,16 @@ def test_options_come_before_the_environment(tmp_path: Path) -> None:
         deployment_of({}, {"SAGEMAKER_MODEL_SERVER_WORKERS": "x"})
     with pytest.raises(StocktakeError, match="no model folder /opt/ml/model"):
         deployment_of({}, {})
+
+
+def test_a_message_and_its_newline_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers share the log: a line in two writes gets another process's line into its middle."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    log, stderr = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps writes apart
+    with log, stderr:
+        code = "from stocktake.serving.supervisor import tell; tell('the model is damaged')"
+        subprocess.run([sys.executable, "-P", "-c", code], stderr=stderr, check=True, timeout=60)
+        stderr.close()
+        written = log.recv(65_536)
+        assert written.endswith(b"\n")
+        assert b"damaged" in written

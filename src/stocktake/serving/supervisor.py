@@ -216,12 +216,13 @@ def _end_with(sentinel: int) -> None:
 
 
 def tell(message: str) -> None:
-    """Write a message to stderr: a line of JSON for a log, plain text on a terminal."""
+    """Write a message to stderr in one write: a line of JSON for a log, plain text on a terminal."""
     line = f"serve: {message}"
     if not sys.stderr.isatty():
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message})
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # one write: the workers log to the same file
+        sys.stderr.flush()
 
 
 def address_of(listener: socket.socket) -> str:
