@@ -88,7 +88,8 @@ class TrainingConfig(Settings):
     """How the whole network is trained."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with Nesterov momentum 0.9."""
+    """adamw, or sgd with Nesterov momentum 0.9. one_cycle varies the momentum (adamw's first beta) too, from 0.95 to
+    0.85 and back."""
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
     """Learning rate over the run. step divides by 10 every third of it."""
     head_lr_factor: Annotated[float, Field(ge=1e-6, le=1e6)] = 5.0
