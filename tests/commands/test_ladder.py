@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stocktake.config.runs import SyncConfig, TrackingConfig
 from stocktake.config.training import HeadConfig, LadderConfig, PcaSvmConfig, TrainingConfig
 from stocktake.config.versions import RegisterConfig
 from stocktake.errors import StocktakeError
+from stocktake.stages.prepare import PreparedData, prepare_data
 from stocktake.tracking.leaderboard import COLUMNS
 from tiny_bins import PLAIN_BACKBONE
 
@@ -103,6 +105,30 @@ def test_four_rungs_a_leaderboard_and_a_candidate(
             for one in (runs, last)
         ]
         assert figures[0] == figures[1], stage
+
+
+@pytest.mark.slow
+def test_the_candidate_is_chosen_by_val(
+    config: LadderConfig, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare_with_test_as_one(settings: LadderConfig) -> PreparedData:
+        """In test every quantity is recorded as 1: what knows nothing is best there."""
+        prepared = prepare_data(settings)
+        bins = prepared.manifest.bins
+        bins = bins.assign(quantity=bins["quantity"].where(bins["split"] != "test", 1))
+        return replace(prepared, manifest=replace(prepared.manifest, bins=bins))
+
+    monkeypatch.setattr(ladder_module, "prepare_data", prepare_with_test_as_one)
+    config.stages = ("classical", "frozen")
+    config.classical = PcaSvmConfig(pixels=16, components=20, c=1e-6)
+    ladder(config)
+    runs = runs_by_stage(sqlite_store)
+    by_val, by_test = (
+        max(config.stages, key=lambda stage: runs[stage].data.metrics[metric])
+        for metric in ("val/macro_f1", "test/macro_f1")
+    )
+    assert by_val != by_test, "or this shows nothing"
+    assert runs["ladder"].data.tags["best"] == by_val
 
 
 @pytest.mark.slow

@@ -23,6 +23,14 @@ def epoch_of(loader, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(photos), torch.cat(targets)
 
 
+def test_targets_are_places_among_the_labels(tiny_bench) -> None:
+    train = tiny_bench.manifest.split("train")
+    for labels, less in (((0, 1, 2), 1), ((1, 2, 3), 0)):
+        bins = train.assign(quantity=train["quantity"] - less)
+        photos = PhotoDataset(tiny_bench.photos, bins, labels, "none", 0)
+        assert [photos[0, row][1] for row in range(len(train))] == (train["quantity"] - 1).tolist()
+
+
 @pytest.mark.slow
 def test_workers_do_not_change_what_is_seen(tiny_bench) -> None:
     here = data_module(tiny_bench, workers=0).train_dataloader()

@@ -1,0 +1,5 @@
+"""The tiny root, shared with the other rooms that train on it."""
+
+from tiny_bins import few_bins, tiny_bench, tiny_root, tiny_settings
+
+__all__ = ["few_bins", "tiny_bench", "tiny_root", "tiny_settings"]
