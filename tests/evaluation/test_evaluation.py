@@ -61,12 +61,20 @@ def test_files_agree_with_the_metrics(tmp_path: Path) -> None:
     assert all(isinstance(value, float) for value in metrics.values())
     assert metrics["test/n"] == 120
     assert metrics["test/accuracy"] == np.mean(predictions["quantity"] == predictions["predicted"])
+    for decoded, suffix in (("predicted", ""), ("expected", "_expected")):
+        off = (predictions["quantity"] - predictions[decoded]).to_numpy()
+        assert metrics[f"test/rmse{suffix}"] == pytest.approx(np.sqrt(np.mean(off**2)))
+        assert metrics[f"test/mae{suffix}"] == pytest.approx(np.mean(abs(off)))
+    assert metrics["test/rmse_expected"] < metrics["test/rmse"]
+    assert metrics["test/accuracy_floor"] == predictions["quantity"].value_counts().max() / 120
 
     written = json.loads((folder / "test_metrics.json").read_text())
     assert written["groups"] == 60
     for name, entry in written["metrics"].items():
         assert entry["value"] == metrics[f"test/{name}"]
         assert entry["n"] == 120
+    for name in ("rmse", "rmse_expected"):
+        assert written["metrics"][name]["floor"] == metrics["test/rmse_floor"]
     assert written["metrics"]["rmse"]["high"] == metrics["test/rmse_high"]
     assert written["metrics"]["loss"]["low"] is None
 
@@ -85,7 +93,8 @@ def test_files_agree_with_the_metrics(tmp_path: Path) -> None:
 
     kept = pd.read_parquet(folder / "test_predictions.parquet")
     pd.testing.assert_frame_equal(kept, predictions)
-    assert list(kept.columns) == ["id", "group", "quantity", "predicted", "confidence", "p_0", "p_1", "p_2", "p_3"]
+    shares = [f"p_{label}" for label in LABELS]
+    assert list(kept.columns) == ["id", "group", "quantity", "predicted", "expected", "confidence", *shares]
     assert shades(folder / "test_confusion_matrix.png") > 50
 
 
@@ -125,12 +134,14 @@ def test_a_calibration_is_applied_once_and_its_effect_is_measured(tmp_path: Path
 
 def test_the_summary_has_the_lines_that_a_tuner_reads() -> None:
     evaluated = evaluation()
-    first, second, third, *_ = evaluated.summary.splitlines()
+    first, second, *_ = evaluated.summary.splitlines()
     figures = dict(word.split("=") for word in f"{first} {second}".replace("TEST: ", "").split())
     assert float(figures["macro_f1"]) == pytest.approx(evaluated.metrics["test/macro_f1"], abs=1e-6)
     assert float(figures["acc"]) == pytest.approx(evaluated.metrics["test/accuracy"], abs=1e-6)
     assert figures.keys() == {"loss", "acc", "macro_f1", "macro_precision", "macro_recall"}
-    assert third == "TEST: confusion_matrix="
+    assert all(
+        line.startswith("TEST: ") for line in evaluated.summary.partition("TEST: confusion_matrix=")[0].splitlines()
+    )
 
 
 def test_same_seed_same_files(tmp_path: Path) -> None:

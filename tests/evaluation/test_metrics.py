@@ -6,13 +6,20 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn import metrics as sk
 
 from stocktake.errors import StocktakeError
-from stocktake.evaluation.metrics import class_indices, confusion_matrix, cross_entropy, scores
+from stocktake.evaluation.metrics import (
+    class_indices,
+    confusion_matrix,
+    cross_entropy,
+    expected_quantities,
+    floors,
+    scores,
+)
 
 TASKS = st.sampled_from([tuple(range(6)), tuple(range(1, 6)), tuple(range(2, 8)), (3,), (0, 1), (5, 1, 9)])
 
@@ -79,6 +86,34 @@ def test_published_matrix():
     assert ours["macro_f1"] == pytest.approx(0.316838, abs=5e-7)
     assert ours["macro_precision"] == pytest.approx(0.363682, abs=5e-7)
     assert ours["macro_recall"] == pytest.approx(0.310963, abs=5e-7)
+
+
+@settings(max_examples=20)
+@given(counted())
+def test_floors_are_the_best_of_all_constants(case):
+    labels, q, _ = case
+    constants = [(np.full(len(q), label), label) for label in labels]
+    ours = floors(q, labels)
+    f1 = {"labels": labels, "average": "macro", "zero_division": 0}
+    assert ours["accuracy"] == pytest.approx(max(sk.accuracy_score(q, p) for p, _ in constants))
+    assert ours["macro_f1"] == pytest.approx(max(sk.f1_score(q, p, **f1) for p, _ in constants))
+    assert ours["rmse"] == pytest.approx(min(sk.root_mean_squared_error(q, p) for p, _ in constants))
+    assert ours["mae"] == pytest.approx(min(sk.mean_absolute_error(q, p) for p, _ in constants))
+    assert ours["within_1"] == pytest.approx(max(np.mean(abs(q - label) <= 1) for _, label in constants))
+
+
+@given(st.integers(0, 1000), TASKS)
+def test_decoding_by_expectation_has_the_least_expected_squared_error(seed, labels):
+    shares = np.random.default_rng(seed).dirichlet(np.ones(len(labels)), 20)
+    error = (shares @ (np.array(labels)[:, None] - np.array(labels)) ** 2).min(1)  # of the best label for each row
+    decoded = expected_quantities(shares, labels)
+    assert_allclose((shares * (np.array(labels) - decoded[:, None]) ** 2).sum(1), error, atol=1e-9)
+
+
+def test_the_two_decodings_differ():
+    shares = np.array([[0.5, 0.1, 0.4], [0.9, 0.1, 0.0], [0.0, 0.3, 0.7]])
+    assert expected_quantities(shares, (0, 1, 2)).tolist() == [1, 0, 2]
+    assert expected_quantities(shares, (3, 4, 5)).tolist() == [4, 3, 5]
 
 
 def test_no_bins_have_no_score():

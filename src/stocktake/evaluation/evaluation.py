@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from stocktake.evaluation.calibration import Calibration, coverage, expected_calibration_error, reliability
 from stocktake.evaluation.figures import confusion_figure, reliability_figure, save
 from stocktake.evaluation.intervals import Interval, bootstrap_intervals
-from stocktake.evaluation.metrics import Confusion, confusion_matrix, cross_entropy, scores
+from stocktake.evaluation.metrics import (
+    Confusion,
+    confusion_matrix,
+    cross_entropy,
+    expected_quantities,
+    floors,
+    scores,
+)
 from stocktake.files import atomic_path, atomic_write
 
 if TYPE_CHECKING:
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 
 FOLDER = "evaluation"
 """Of a run's artifacts."""
-HEADLINES = ("accuracy", "macro_f1", "rmse", "mae", "within_1")
+HEADLINES = ("accuracy", "macro_f1", "rmse", "rmse_expected", "mae", "mae_expected", "within_1")
 """The scores whose intervals are metrics of their own; those of the others are in metrics.json."""
 
 
@@ -76,12 +83,16 @@ class Evaluation:
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
-        """A row a bin: id, group, quantity, predicted, confidence, and calibrated p_<label> for each label."""
+        """A row a bin: id, group, quantity, predicted (argmax), expected (rounded mean), confidence, and calibrated
+        p_<label> for each label."""
         shares = self._calibrated
         best = shares.argmax(1)
         columns = {f"p_{label}": shares[:, column] for column, label in enumerate(self.labels)}
         return self.bins[["id", "group", "quantity"]].assign(
-            predicted=np.array(self.labels)[best], confidence=shares.max(1), **columns
+            predicted=np.array(self.labels)[best],
+            expected=expected_quantities(shares, self.labels),
+            confidence=shares.max(1),
+            **columns,
         )
 
     @cached_property
@@ -93,15 +104,18 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Every score as `<split>/<score>`.
 
-        The scores of `metrics.scores`, loss (nats) and n (bins); `_low` and `_high`, the 95 % bootstrap interval over
-        bin groups, of HEADLINES. With a calibration also ece and loss with and without it (`_uncalibrated`),
-        set_coverage (with its interval) and set_size (mean number of quantities in a conformal set).
+        The scores of `metrics.scores`, by argmax; rmse_expected and mae_expected, by the rounded mean of the calibrated
+        probabilities; loss (nats) and n (bins). Of HEADLINES also `_low` and `_high`, the 95 % bootstrap interval over
+        bin groups, and `_floor`, the best that one answer for every bin reaches (`metrics.floors`). With a calibration
+        also ece and loss with and without it (`_uncalibrated`), set_coverage (with its interval) and set_size (mean
+        number of quantities in a conformal set).
         """
         metrics = {f"{self.split}/{name}": value for name, value in self._scores.items()}
         metrics[f"{self.split}/n"] = float(len(self.bins))
         for name in [*HEADLINES, "set_coverage"]:
             if name in self._intervals:
                 metrics[f"{self.split}/{name}_low"], metrics[f"{self.split}/{name}_high"] = self._intervals[name]
+        metrics |= {f"{self.split}/{name}_floor": value for name, value in self._floors.items()}
         return metrics
 
     @cached_property
@@ -126,20 +140,23 @@ class Evaluation:
 
     @property
     def summary(self) -> str:
-        """Loss, scores and confusion matrix in lines that begin with the split: `TEST: loss=…`."""
-        values = self._scores
+        """Loss, scores, their floors and confusion matrix in lines that begin with the split: `TEST: loss=…`."""
+        values, floor = self._scores, self._floors
         word = self.split.upper()
         return (
             f"{word}: loss={values['loss']:.6f} acc={values['accuracy']:.6f} macro_f1={values['macro_f1']:.6f}\n"
             f"{word}: macro_precision={values['macro_precision']:.6f} macro_recall={values['macro_recall']:.6f}\n"
+            f"{word}: rmse={values['rmse']:.6f} rmse_expected={values['rmse_expected']:.6f} mae={values['mae']:.6f}\n"
+            f"{word}: floor of one answer for all: acc={floor['accuracy']:.6f} macro_f1={floor['macro_f1']:.6f} "
+            f"rmse={floor['rmse']:.6f}\n"
             f"{word}: confusion_matrix=\n{self.confusion}"
         )
 
     def save(self, folder: Path) -> None:
         """Write `<split>_<name>` files into a folder, which is created.
 
-        metrics.json (name -> value, low, high, n), confusion_matrix.json (labels, matrix with recorded quantities as
-        rows), predictions.parquet, the other tables as CSV, the plots as PNG.
+        metrics.json (name -> value, low, high, floor, n), confusion_matrix.json (labels, matrix with recorded
+        quantities as rows), predictions.parquet, the other tables as CSV, the plots as PNG.
         """
         beginning = f"{self.split}_"
         for name, table in self.tables.items():
@@ -170,8 +187,15 @@ class Evaluation:
         return self.bins["quantity"].to_numpy(dtype=np.int64)
 
     @cached_property
+    def _floors(self) -> dict[str, float]:
+        return floors(self._quantities, self.labels)
+
+    @cached_property
     def _scores(self) -> dict[str, float]:
         values = {name: float(value) for name, value in scores(self.confusion, self.labels).items()}
+        expected = self.predictions["expected"].to_numpy()
+        by_mean = scores(confusion_matrix(self.labels, self._quantities, expected), self.labels)
+        values |= {f"{name}_expected": float(by_mean[name]) for name in ("rmse", "mae")}
         values["loss"] = cross_entropy(self._calibrated, self._quantities, self.labels)
         if self._reliability and self._coverage:
             values["ece"] = expected_calibration_error(self._reliability["calibrated"])
@@ -182,8 +206,14 @@ class Evaluation:
 
     @cached_property
     def _intervals(self) -> dict[str, Interval]:
-        predicted, groups = self.predictions["predicted"].to_numpy(), self.bins["group"].to_numpy()
-        intervals = bootstrap_intervals(self.labels, self._quantities, predicted, groups, seed=self.seed)
+        groups = self.bins["group"].to_numpy()
+        intervals, by_mean = (
+            bootstrap_intervals(
+                self.labels, self._quantities, self.predictions[decoded].to_numpy(), groups, seed=self.seed
+            )
+            for decoded in ("predicted", "expected")
+        )
+        intervals |= {f"{name}_expected": by_mean[name] for name in ("rmse", "mae")}
         return intervals | ({"set_coverage": self._coverage[2]} if self._coverage else {})
 
     @cached_property
@@ -221,5 +251,11 @@ class Evaluation:
         for name, value in self._scores.items():
             low, high = self._intervals.get(name, (None, None))
             n = len(self.bins)
-            entries[name] = {"value": value if math.isfinite(value) else None, "low": low, "high": high, "n": n}
+            entries[name] = {
+                "value": value if math.isfinite(value) else None,
+                "low": low,
+                "high": high,
+                "floor": self._floors.get(name.removesuffix("_expected")),
+                "n": n,
+            }
         return {"split": self.split, "level": 0.95, "groups": self.bins["group"].nunique(), "metrics": entries}

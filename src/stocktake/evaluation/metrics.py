@@ -14,6 +14,9 @@ from stocktake.errors import StocktakeError
 Confusion = NDArray[np.int64]
 Scores = dict[str, NDArray[np.float64] | float]
 
+LOWER_IS_BETTER = frozenset({"rmse", "mae", "rmse_expected", "mae_expected"})
+"""Of the scores of an evaluation; of the others, more is better."""
+
 
 def class_indices(labels: Sequence[int], quantities: NDArray[Any]) -> NDArray[np.int64]:
     """Map (N,) quantities to their (N,) indices among the labels.
@@ -91,6 +94,49 @@ def scores(confusion: NDArray[Any], labels: Sequence[int]) -> Scores:
     result |= {f"recall_{label}": recall[..., i] for i, label in enumerate(labels)}
     result = {name: np.where(total > 0, value, np.nan) for name, value in result.items()}
     return {name: value if value.ndim else float(value) for name, value in result.items()}
+
+
+def expected_quantities(probabilities: NDArray[Any], labels: Sequence[int]) -> NDArray[np.int64]:
+    """Decode by expectation: the label nearest to the mean quantity; of two equally near, the smaller.
+
+    The mean minimises the expected squared error, so of the whole quantities this one does; argmax minimises the
+    expected share of wrong answers instead.
+
+    Args:
+        probabilities: (N, K), each row summing to 1, columns in the order of the labels.
+        labels: the K quantities.
+
+    Returns:
+        (N,) quantities.
+    """
+    values = np.asarray(labels, dtype=np.int64)
+    means = np.asarray(probabilities, dtype=np.float64) @ values
+    return np.asarray(values[np.abs(means[:, None] - values).argmin(1)])
+
+
+def floors(quantities: NDArray[Any], labels: Sequence[int]) -> dict[str, float]:
+    """Return the best that one and the same answer for every bin reaches, for each score.
+
+    Accuracy and macro-F1 are those of the most frequent quantity; rmse and mae are least for the quantities nearest to
+    the mean and the median. The constant is chosen on these very bins: no constant does better on them.
+
+    Args:
+        quantities: (N,) recorded quantities.
+        labels: the K quantities.
+
+    Returns:
+        accuracy, macro_f1, rmse, mae (items) and within_1.
+
+    Raises:
+        StocktakeError: a quantity is none of the labels.
+    """
+    k = len(labels)
+    counts = np.bincount(class_indices(labels, quantities), minlength=k)
+    constants = scores(np.eye(k)[:, None, :] * counts[:, None], labels)  # a confusion matrix for each label
+    return {
+        name: float(np.min(constants[name]) if name in LOWER_IS_BETTER else np.max(constants[name]))
+        for name in ("accuracy", "macro_f1", "rmse", "mae", "within_1")
+    }
 
 
 def cross_entropy(probabilities: NDArray[Any], quantities: NDArray[Any], labels: Sequence[int]) -> float:
