@@ -187,6 +187,22 @@ def test_what_is_wrong_with_an_experiment_is_told_in_one_line(
     assert said in ended.err
 
 
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    [
+        ("data", "publish: s3://elsewhere/bins"),
+        ("data", "export: /elsewhere"),
+        ("tune", "storage: postgresql://elsewhere/studies"),
+        ("compare", "output: /elsewhere/page.html"),
+        ("finetune", "resume: /elsewhere"),
+    ],
+)
+def test_an_experiment_does_not_say_where_results_go(command: str, setting: str, experiments: Path) -> None:
+    (experiments / "small.yaml").write_text(setting)
+    with pytest.raises(StocktakeError, match=setting.partition(":")[0]):
+        parse(command, ["--experiment", "small"])
+
+
 def test_an_experiment_of_comments_only_is_the_defaults(experiments: Path) -> None:
     (experiments / "small.yaml").write_text("# mlflow run .\n")
     assert parse("finetune", ["--experiment", "small"]) == parse("finetune", [])

@@ -1,6 +1,8 @@
 """Files that are written whole or not at all."""
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,18 @@ def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path: Path) -> Non
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() in ("first", "second")
+
+
+def test_two_containers_on_one_disk_do_not_share_a_temporary(tmp_path: Path) -> None:
+    """Their processes have the same number, and do the same things in the same order."""
+    code = (
+        "import os, pathlib, sys; os.getpid = lambda: 1\n"
+        "from stocktake.files import atomic_path\n"
+        "with atomic_path(pathlib.Path(sys.argv[1])) as temporary: temporary.touch(); print(temporary)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "page.html")]
+    names = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert names[0] != names[1]
 
 
 def test_the_file_has_the_rights_of_an_ordinary_new_file(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class EmulatorProcess:
             RuntimeError: it ended; what it printed on standard error says why.
         """
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
-        command = [sys.executable, "-m", "sagemaker_local", *options]
+        command = [sys.executable, "-P", "-m", "sagemaker_local", *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept)
         environment: dict[str, str] = {}
         for line in process.stdout or ():

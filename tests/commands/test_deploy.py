@@ -126,11 +126,13 @@ def test_what_is_wrong_is_told_before_anything_is_deployed(
 ) -> None:
     (tmp_path / "bad.yaml").write_text("wrokers: 2\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
     for words, said in (
         (["--model", "nowhere"], "nowhere is no model folder"),
         (["--model", str(exported), "--settings", "none.yaml"], "--settings none.yaml cannot be read"),
         (["--model", str(exported), "--settings", "bad.yaml"], "--settings bad.yaml: 'wrokers' is no setting"),
         (["--model", str(exported), "--settings", "list.yaml"], "must hold settings"),
+        (["--model", str(exported), "--settings", "deep.yaml"], "--settings deep.yaml cannot be read"),
         (["--model", str(exported), "--server.workers", "0"], "--server: workers 0"),
         (["--model", str(exported), "--name", "a/b"], "'a/b' is no name of an endpoint"),
         (["--model", str(exported), "--smoke", "-1"], "--smoke -1"),

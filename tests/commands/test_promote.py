@@ -276,5 +276,6 @@ def test_the_photo_that_latency_is_measured_with(tmp_path: Path) -> None:
     assert promote_module.example_photo(tmp_path)[:2] == b"\xff\xd8"
     (tmp_path / "input_example.json").write_text('{"columns": ["photo"], "data": [["AAEC"]]}')
     assert promote_module.example_photo(tmp_path) == b"\x00\x01\x02"
-    (tmp_path / "input_example.json").write_text('{"data": []}')
-    assert promote_module.example_photo(tmp_path)[:2] == b"\xff\xd8"
+    for content in ('{"data": []}', "[" * 100_000):
+        (tmp_path / "input_example.json").write_text(content)
+        assert promote_module.example_photo(tmp_path)[:2] == b"\xff\xd8"

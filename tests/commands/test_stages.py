@@ -203,7 +203,8 @@ def test_finetune(make_config, sqlite_store: str, capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_finetune_goes_on_from_a_run_folder(make_config, sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(FinetuneConfig, **FINETUNE)
+    monkeypatch.setattr("stocktake.models.precision._cpu_has_bf16", lambda: False)
+    config = make_config(FinetuneConfig, **FINETUNE | {"precision": "auto"})
     whole = finetune(config)
 
     def interrupt(_line: EpochLogger, trainer: Any, _module: Any) -> None:
@@ -219,7 +220,9 @@ def test_finetune_goes_on_from_a_run_folder(make_config, sqlite_store: str, monk
         for path in Path("workspace/runs").glob("*/result.json")
         if json.loads(path.read_text())["status"] == "KILLED"
     )
+    monkeypatch.setattr("stocktake.models.precision._cpu_has_bf16", lambda: True)  # on another machine
     resumed = finetune(replace(config, resume=str(killed)))
+    assert resumed.run.tags["precision"] == "fp32"
     assert resumed.metrics == whole.metrics
     assert resumed.run.run_id != whole.run.run_id
     assert resumed.run.tags["resumed_from"] == str(killed)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stocktake.config.data import BinsConfig
+from stocktake.data import photos as photos_module
 from stocktake.data.images import decode, resize_to_square
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos
@@ -37,6 +38,16 @@ def test_prepared_photos_are_not_read_again(config: BinsConfig) -> None:
         photo.unlink()
     again = prepare_photos(manifest.source, manifest.bins, SIZE, Path(config.workspace)).read(manifest.bins["hash"])
     assert np.array_equal(first, again)
+
+
+def test_photos_of_another_preprocessing_are_not_used(config: BinsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = build_manifest(config)
+    prepare_photos(manifest.source, manifest.bins, SIZE, Path(config.workspace))
+    monkeypatch.setattr(photos_module, "PREPROCESSING_VERSION", photos_module.PREPROCESSING_VERSION + 1)
+    monkeypatch.setattr(photos_module, "resize_to_square", lambda photo, size: 255 - resize_to_square(photo, size))
+    photos = prepare_photos(manifest.source, manifest.bins, SIZE, Path(config.workspace))
+    for bin_id, key in zip(manifest.bins["id"], manifest.bins["hash"], strict=True):
+        assert (photos[key] == 255 - resize_to_square(decode(manifest.source.photo(bin_id)), SIZE)).all()
 
 
 def test_a_photo_that_changed_since_the_manifest_ends_the_run(

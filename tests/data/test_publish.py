@@ -408,6 +408,7 @@ def test_a_large_index_is_not_read_into_memory(monkeypatch: pytest.MonkeyPatch) 
         read_index(file.getvalue(), "here")
 
 
+@pytest.mark.timeout(30)  # /dev/zero never ends
 def test_a_shard_that_is_not_as_published_is_refused(good_set: Path) -> None:
     shard = good_set / "val-000000.tar"
     whole = shard.read_bytes()

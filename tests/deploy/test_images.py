@@ -76,6 +76,14 @@ def test_a_lock_holds_its_extras_and_no_developers_tools(name: str) -> None:
         assert re.split(r"[^\w.-]", requirement.lower())[0] in image
 
 
+def test_photos_are_decoded_by_pillow_13_or_later() -> None:
+    """Earlier ones have known faults that a photo can use."""
+    for lock in (REPOSITORY / "requirements.lock", *IMAGES.glob("*/requirements.lock")):
+        assert int(pins(lock)["pillow"].split(".")[0]) >= 13
+    described = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert "pillow>=13" in described["dependencies"]
+
+
 def test_what_builds_the_project_is_pinned_with_hashes() -> None:
     lock = REPOSITORY / "requirements-build.lock"
     assert {"uv", "hatchling"} <= pins(lock).keys()

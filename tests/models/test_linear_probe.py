@@ -81,7 +81,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(
     np.testing.assert_allclose(found, whole, rtol=1e-3, atol=1e-5)
 
 
-def test_the_fingerprint_tells_weights_sizes_and_formats_apart() -> None:
+def test_the_fingerprint_tells_weights_sizes_and_formats_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = backbone_fingerprint(network(), "fp32")
     assert plain == backbone_fingerprint(network(labels=(1, 2)), "fp32"), "the head is no part of it"
     nudged = network()
@@ -91,13 +91,17 @@ def test_the_fingerprint_tells_weights_sizes_and_formats_apart() -> None:
     dict(statistics.backbone.named_buffers())["bn1.running_mean"][0] += 1e-6
     scaled = network()
     scaled.mean += 0.01
+    with monkeypatch.context() as patched:
+        patched.setattr(frozen_module, "PREPROCESSING_VERSION", frozen_module.PREPROCESSING_VERSION + 1)
+        later = backbone_fingerprint(network(), "fp32")
     others = [
+        later,
         backbone_fingerprint(network(seed=1), "fp32"),
         backbone_fingerprint(network(size=40), "fp32"),
         backbone_fingerprint(network(), "bf16"),
         *(backbone_fingerprint(one, "fp32") for one in (nudged, statistics, scaled)),
     ]
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 8
 
 
 @pytest.mark.parametrize("balanced", [True, False])

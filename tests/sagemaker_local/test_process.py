@@ -51,6 +51,7 @@ def test_it_prints_variables_and_listens_on_loopback_only(emulator: EmulatedAws)
         "SAGEMAKER_LOCAL_BUCKET",
         "SAGEMAKER_LOCAL_ROLE",
     }
+    assert "-P" in emulator.process.args, "modules of the current folder are not imported"
     port = int(emulator.endpoint.rpartition(":")[2])
     with socket.create_connection((HOST, port), timeout=PATIENCE):
         pass

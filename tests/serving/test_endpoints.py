@@ -79,6 +79,7 @@ def test_it_outlives_the_call_and_is_found_by_another_process(state: Path, expor
     assert len(created.workers) == 2
     assert state.stat().st_mode & 0o777 == 0o700
     assert (state / "bins").stat().st_mode & 0o777 == 0o700
+    assert all("-P" in psutil.Process(pid).cmdline() for pid in (created.pid, *created.workers))
 
     code = "from stocktake.serving import endpoints; print(endpoints.get('bins').address, endpoints.get('bins').pid)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -314,9 +315,10 @@ def test_damaged_files_are_told_with_the_way_out(state: Path, exported_model: Pa
     create(exported_model)
     path = state / "bins" / "state.json"
     good = path.read_text()
-    path.write_text("{")
-    with pytest.raises(StocktakeError, match="delete the endpoint bins and create it again"):
-        endpoints.get("bins")
+    for content in ("{", "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(StocktakeError, match="delete the endpoint bins and create it again"):
+            endpoints.get("bins")
     path.write_text(good)
 
 

@@ -102,14 +102,15 @@ def test_mlflows_commands_from_create_to_delete(registered: str, state: Path, tm
 
 
 @pytest.mark.slow
-def test_run_local_and_its_help(saved: Path, state: Path) -> None:
+def test_run_local_and_its_help(saved: Path, state: Path, tmp_path: Path) -> None:
     shown = target_help()
     assert "-C port=0" in shown
     assert "max_queue" in shown
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
+    (tmp_path / "numpy.py").write_text(f"open({str(tmp_path / 'attacked')!r}, 'w')")
     words = ["run-local", "-t", "stocktake-local", "--name", "trial", "-m", str(saved), "-C", f"port={port}"]
-    with subprocess.Popen([sys.executable, "-m", "mlflow", "deployments", *words]) as process:
+    with subprocess.Popen([sys.executable, "-P", "-m", "mlflow", "deployments", *words], cwd=tmp_path) as process:
         try:
             deadline = time.monotonic() + 120
             while process.poll() is None and time.monotonic() < deadline:
@@ -121,6 +122,7 @@ def test_run_local_and_its_help(saved: Path, state: Path) -> None:
             assert endpoints.list_endpoints() == []
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
+            assert not (tmp_path / "attacked").exists()
         finally:
             process.kill()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -90,10 +91,14 @@ def test_as_sagemaker_starts_it(serve: Callable[..., Served], exported_model: Pa
         STOCKTAKE_HOST="0.0.0.0",
         SAGEMAKER_BIND_TO_PORT=str(free_port),
         SAGEMAKER_MODEL_SERVER_WORKERS="2",
+        SAGEMAKER_BATCH="true",
     )
     assert served.address == f"http://127.0.0.1:{free_port}"
     with urllib.request.urlopen(f"{served.address}/ping", timeout=30) as answer:
         assert answer.status == 200
+    bad = urllib.request.Request(f"{served.address}/invocations", b"no photo", {"Content-Type": "image/jpeg"})
+    with urllib.request.urlopen(bad, timeout=30) as answer:
+        assert json.load(answer)["error"], "another status than 200 would end a batch transform job"
     prediction = Client(served.address).predict(PHOTO)
     assert (prediction.quantity, prediction.model_version) == (
         Predictor(exported_model).predict([PHOTO])[0].quantity,

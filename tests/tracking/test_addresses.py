@@ -41,6 +41,14 @@ def test_a_managed_server_is_its_arn() -> None:
             absolute(uri)
 
 
+@pytest.mark.parametrize("uri", ["http://ann:12/pa55@host/", "http://ann:pa55/w@host:5000"])
+def test_a_password_that_reads_as_a_host_is_refused_without_being_shown(uri: str) -> None:
+    """Credentials of the environment would be sent to `ann`."""
+    with pytest.raises(StocktakeError, match="%2F") as caught:
+        absolute(uri)
+    assert "pa55" not in str(caught.value)
+
+
 @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "http://", "http://:5000"])
 def test_an_address_of_nothing_is_refused(uri: str) -> None:
     with pytest.raises(StocktakeError):

@@ -68,7 +68,7 @@ def test_names_that_a_store_refuses_are_refused_at_once(folder: LocalRun, name: 
     assert folder.read_metrics()[0] == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"uploads": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"uploads": 3}', "[" * 100_000], ids=lambda text: text[:9])
 def test_a_broken_folder_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(StocktakeError, match=str(tmp_path)):

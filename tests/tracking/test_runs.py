@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def test_everything_of_a_run_is_on_disk_and_in_the_store(client: Any, model_fold
     assert run.local.is_uploaded()
     assert child.local.is_uploaded()
     assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_locks_lie_beside_what_they_lock(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a temporary folder that all users share, another one could hold them, or put a link in their place."""
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    with start_run(QUIET, workspace=WORKSPACE, name="a", tags={}):
+        pass
+    assert [*(tmp_path / "shared").rglob("*.lock")] == []
 
 
 def test_the_experiment_page_shows_the_leaderboard(client: Any) -> None:

@@ -106,7 +106,7 @@ def example_photo(folder: Path) -> bytes:
     try:
         example = json.loads((folder / "input_example.json").read_text(encoding="utf-8"))
         return base64.b64decode(example["data"][0][0])
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         from PIL import Image
 
         photo = io.BytesIO()

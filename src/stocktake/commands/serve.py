@@ -59,7 +59,7 @@ def server_settings(file: str, single: Mapping[str, Any]) -> dict[str, Any]:
     if path.exists() or file != DEFAULT_SETTINGS:
         try:
             read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise StocktakeError(f"--settings {file} cannot be read: {error}") from None
         if not isinstance(read, dict):
             raise StocktakeError(f"--settings {file} must hold settings, such as `port: 8080`, not {read!r}")

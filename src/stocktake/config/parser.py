@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 ALIASES = {"main": "ladder", "train": "finetune"}
 """Other names of commands: MLproject's entry point `main`, and `train`."""
-NOT_IN_AN_EXPERIMENT = frozenset({"workspace", "tracking", "resume", "output"})
+NOT_IN_AN_EXPERIMENT = frozenset({"workspace", "tracking", "resume", "output", "export", "publish", "storage"})
 """Settings of the machine and the moment. An experiment's file cannot say where results go."""
 
 

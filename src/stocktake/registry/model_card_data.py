@@ -105,7 +105,7 @@ def read_json(text: bytes) -> dict[str, Any]:
     """Read a JSON object; anything else is an empty one."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

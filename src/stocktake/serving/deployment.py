@@ -158,7 +158,7 @@ def version_of(model: Path) -> str | None:
     try:
         fetched = yaml.safe_load((model / "registered_model_meta").read_text(encoding="utf-8"))
         return f"{fetched['model_name']}/{fetched['model_version']}"
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
         return None
 
 
@@ -166,7 +166,7 @@ def _read(path: Path, kind: type) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(kind)}
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
     if not isinstance(values, dict) or not values.keys() <= names:
         raise _damaged(path, "its content is something else")

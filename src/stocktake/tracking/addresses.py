@@ -68,6 +68,8 @@ def absolute(uri: str) -> str:
         return _from_here(uri).as_uri()
     if is_http(uri) and not urlsplit(uri).hostname:
         raise StocktakeError(f"{redact(uri)} names no host: correct --tracking.uri, as in http://localhost:5000")
+    if is_http(uri) and "@" in uri.partition("://")[2].partition("/")[2]:
+        raise StocktakeError(f"{redact(uri)}: write @ and / in a user or password as %40 and %2F")
     return uri.rstrip("/") if is_http(uri) else uri
 
 

@@ -158,7 +158,7 @@ class LocalRun:
             state = RunState(**raw, uploads=uploads)
             _check_folder_names([*([state.parent] if state.parent else []), *state.models])
             return cls(path, state)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StocktakeError(
                 f"{path} is not a run folder: {type(error).__name__} in its files ({error})"
             ) from error
