@@ -163,7 +163,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "calibrated twice",
         "src/stocktake/evaluation/evaluation.py",
         'values["loss"] = cross_entropy(self._calibrated,',
-        'values["loss"] = cross_entropy((self.calibration or self._calibrated).apply(self._calibrated),',
+        "twice = self.calibration.apply(self._calibrated) if self.calibration else self._calibrated\n"
+        '        values["loss"] = cross_entropy(twice,',
         ("tests/evaluation/test_evaluation.py::test_a_calibration_is_applied_once_and_its_effect_is_measured",),
     ),
     Mutant(
