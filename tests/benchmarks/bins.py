@@ -18,7 +18,7 @@ from PIL import Image
 from stocktake.config.data import BinsConfig, SyntheticConfig
 from stocktake.data.manifest import build_manifest
 from stocktake.data.photos import prepare_photos
-from stocktake.data.sources import FolderSource
+from stocktake.data.sources import Source
 from stocktake.data.synthetic.root import make_synthetic_root
 
 COUNT = 600
@@ -38,7 +38,7 @@ def main() -> None:
         rendered = make_synthetic_root(workspace / "synthetic", SyntheticConfig(count=COUNT), workers=1)
         timed("render at 224 px, one process", COUNT, start)
         root = Path(sys.argv[1]) if len(sys.argv) > 1 else rendered
-        source = FolderSource(root)
+        source = Source(root)
         ids = source.ids()
 
         start = time.perf_counter()

@@ -15,7 +15,7 @@ import pytest
 from stocktake.commands.data import data
 from stocktake.config.data import DataConfig
 from stocktake.data.manifest import build_manifest
-from stocktake.data.sources import FolderSource
+from stocktake.data.sources import Source
 from stocktake.errors import StocktakeError
 
 QUANTITIES = [1, 2, 3, 4, 5] * 8
@@ -89,10 +89,10 @@ def test_a_second_run_reads_no_photo_and_tells_the_same(
     counts = data(config)
     printed = capsys.readouterr().out
 
-    def unread(self: FolderSource, bin_id: str) -> bytes:
+    def unread(self: Source, bin_id: str) -> bytes:
         raise AssertionError(f"{bin_id} was read again")
 
-    monkeypatch.setattr(FolderSource, "photo", unread)
+    monkeypatch.setattr(Source, "photo", unread)
     assert data(config) == counts
     assert capsys.readouterr().out == printed
 

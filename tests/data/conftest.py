@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -20,28 +20,33 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def moto_url() -> Iterator[str]:
-    """A moto server on a free port."""
+def make_bucket() -> Iterator[Callable[[pytest.MonkeyPatch], str]]:
+    """make_bucket(monkeypatch): s3:// address of an empty bucket on moto, with credentials in the environment."""
+    import boto3
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+
+    def make(monkeypatch: pytest.MonkeyPatch) -> str:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        name = f"bins-{os.urandom(4).hex()}"
+        client = boto3.session.Session().client("s3")
+        client.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+        return f"s3://{name}"
+
+    yield make
     server.stop()
 
 
 @pytest.fixture
-def private_bucket(moto_url: str, no_credentials: None, monkeypatch: pytest.MonkeyPatch) -> str:
+def private_bucket(
+    make_bucket: Callable[[pytest.MonkeyPatch], str], no_credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """s3:// address of an empty bucket, with credentials for it in the environment."""
-    import boto3
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_url)
-    client = boto3.client("s3")
-    name = f"bins-{os.urandom(4).hex()}"
-    client.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
-    return f"s3://{name}"
+    return make_bucket(monkeypatch)

@@ -7,9 +7,7 @@ import os
 import resource
 import signal
 import sqlite3
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -21,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from stocktake.data import sqlite_file
 from stocktake.data.array_cache import ArrayCache
 from stocktake.data.sqlite_file import DamagedFileError
 from stocktake.errors import StocktakeError
@@ -39,14 +36,8 @@ def cache(tmp_path: Path) -> ArrayCache:
     return ArrayCache(tmp_path / "cache" / "arrays.sqlite", SHAPE, "uint8")
 
 
-@pytest.fixture
-def as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Forget open files."""
-    return lambda: monkeypatch.setattr(sqlite_file, "_local", threading.local())
-
-
 @given(st.dictionaries(st.text("0123456789abcdef", min_size=1, max_size=32), arrays(np.float32, SHAPE), max_size=5))
-@settings(max_examples=25)
+@settings(max_examples=10)
 def test_what_is_stored_is_read_again(tmp_path_factory: pytest.TempPathFactory, stored: dict[str, npt.NDArray]) -> None:
     cache = ArrayCache(tmp_path_factory.mktemp("cache") / "arrays.sqlite", SHAPE, "float32")
     cache.add(stored)
@@ -61,8 +52,6 @@ def test_missing_keys_are_listed_once_and_in_order(cache: ArrayCache) -> None:
     cache.add({"b": filled(1)})
     assert cache.missing(["c", "b", "a", "c"]) == ["c", "a"]
     with pytest.raises(KeyError, match="a"):
-        cache["a"]
-    with pytest.raises(KeyError, match="a"):
         cache.read(["b", "a"])
 
 
@@ -73,17 +62,12 @@ def test_an_array_of_another_form_is_refused_and_nothing_is_stored(cache: ArrayC
     assert len(cache) == 0
 
 
-def test_an_array_that_is_a_view_is_stored_by_its_values(cache: ArrayCache) -> None:
-    turned = np.arange(20, dtype=np.uint8).reshape(5, 4).T
-    cache.add({"a": turned})
-    assert (cache["a"] == turned).all()
-
-
-def test_what_was_read_can_be_changed_without_changing_the_cache(cache: ArrayCache) -> None:
-    cache.add({"a": filled(7)})
+def test_a_view_is_stored_by_its_values_and_read_as_a_copy(cache: ArrayCache) -> None:
+    transposed = np.arange(20, dtype=np.uint8).reshape(5, 4).T
+    cache.add({"a": transposed})
     cache["a"][:] = 0
     cache.read(["a"])[:] = 0
-    assert (cache["a"] == 7).all()
+    assert (cache["a"] == transposed).all()
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -91,32 +75,17 @@ def test_what_was_read_can_be_changed_without_changing_the_cache(cache: ArrayCac
 
 def add_many(cache: ArrayCache, numbers: range) -> None:
     for number in numbers:
-        cache.add({str(number): np.full(cache.shape, number % 256, dtype=np.uint8)})
+        cache.add({str(number): filled(number)})
 
 
 def test_two_processes_write_at_once(cache: ArrayCache) -> None:
-    writers = [FORK.Process(target=add_many, args=(cache, range(i, 100, 2))) for i in range(2)]
+    writers = [FORK.Process(target=add_many, args=(cache, range(start, 30, 2))) for start in range(2)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert (cache.read([str(n) for n in range(100)])[:, 0, 0] == np.arange(100)).all()
-
-
-def check_and_add(cache: ArrayCache) -> None:
-    assert (cache["parent"] == 1).all()
-    cache.add({"child": filled(2)})
-
-
-def test_a_cache_in_use_is_usable_in_a_forked_child_and_after_it(cache: ArrayCache) -> None:
-    cache.add({"parent": filled(1)})
-    child = FORK.Process(target=check_and_add, args=(cache,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    assert (cache["parent"] == 1).all()
-    assert (cache["child"] == 2).all()
+    assert (cache.read([str(n) for n in range(30)])[:, 0, 0] == np.arange(30)).all()
 
 
 def write_until_killed(cache: ArrayCache, started: Event) -> None:
@@ -139,15 +108,6 @@ def test_a_killed_writer_leaves_whole_additions_and_a_usable_cache(cache: ArrayC
     assert (cache["0-49"] == 0).all()
 
 
-def test_threads_may_be_the_first_to_open_a_cache(cache: ArrayCache) -> None:
-    def add_and_read(number: int) -> bool:
-        cache.add({str(number): filled(number)})
-        return bool((cache[str(number)] == number).all())
-
-    with ThreadPoolExecutor(8) as threads:
-        assert all(threads.map(add_and_read, range(8)))
-
-
 def fill_the_disk(cache: ArrayCache, answer: Connection) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))  # what a full disk is to a writer
@@ -160,12 +120,12 @@ def fill_the_disk(cache: ArrayCache, answer: Connection) -> None:
 
 def test_a_full_disk_is_one_error_and_spoils_nothing(cache: ArrayCache) -> None:
     cache.add({"before": filled(5)})
-    ours, childs = FORK.Pipe()
-    writer = FORK.Process(target=fill_the_disk, args=(cache, childs))
+    receiver, sender = FORK.Pipe()
+    writer = FORK.Process(target=fill_the_disk, args=(cache, sender))
     writer.start()
     writer.join(60)
-    assert ours.poll()
-    assert f"{cache.path} cannot be written" in ours.recv()
+    assert receiver.poll()
+    assert f"{cache.path} cannot be written" in receiver.recv()
     assert (cache["before"] == 5).all()
     assert (cache["0-0"] == 1).all()
 
@@ -173,19 +133,25 @@ def test_a_full_disk_is_one_error_and_spoils_nothing(cache: ArrayCache) -> None:
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["garbage", "cut", "empty", "zeroed"])
-def test_a_damaged_file_is_begun_anew(cache: ArrayCache, damage: str, as_a_new_process: Callable[[], None]) -> None:
+@pytest.mark.parametrize("damage", ["garbage", "cut", "empty", "zeroed", "another table"])
+def test_a_damaged_file_is_begun_anew(cache: ArrayCache, damage: str) -> None:
     cache.add({str(number): filled(number) for number in range(200)})
     whole = cache.path.read_bytes()
-    damaged = {
+    contents = {
         "garbage": b"no cache at all" * 1000,
         "cut": whole[: len(whole) // 2],
         "empty": b"",
         "zeroed": whole[:100] + bytes(len(whole) - 100),
+        "another table": b"",
     }
-    cache.path.write_bytes(damaged[damage])
-    as_a_new_process()
-    assert len(cache.missing(["0", "199"])) == 2
+    cache.path.write_bytes(contents[damage])
+    if damage == "another table":
+        with closing(sqlite3.connect(cache.path)) as connection, connection:
+            connection.execute("CREATE TABLE arrays (something TEXT)")
+    if damage != "empty":
+        with pytest.raises(DamagedFileError, match=str(cache.path)):
+            cache.read(["0", "199"])
+    assert cache.missing(["0", "199"]) == ["0", "199"]
     cache.add({"0": filled(3)})
     assert (cache["0"] == 3).all()
 
@@ -198,12 +164,10 @@ def test_a_file_that_is_cut_while_it_is_read_is_one_error(tmp_path: Path) -> Non
     os.truncate(cache.path, cache.path.stat().st_size // 2)
     with pytest.raises(DamagedFileError, match=f"{cache.path} is damaged"):
         cache.read([str(number) for number in range(100)])
-    cache.path.unlink()  # the way out that the error names
-    assert cache.missing(["0"]) == ["0"]
 
 
 @pytest.mark.parametrize("offset", [0, 50_000, 99_999])
-def test_damaged_values_are_never_given_out(tmp_path: Path, offset: int, as_a_new_process: Callable[[], None]) -> None:
+def test_damaged_values_are_never_given_out(tmp_path: Path, offset: int) -> None:
     cache = ArrayCache(tmp_path / "arrays.sqlite", (100_000,), "uint8")
     values = np.random.default_rng(0).integers(0, 256, 100_000).astype(np.uint8)
     cache.add({"a": values, "b": 255 - values})
@@ -213,17 +177,6 @@ def test_damaged_values_are_never_given_out(tmp_path: Path, offset: int, as_a_ne
     assert position >= 0
     content[position + min(offset, 20)] ^= 1
     cache.path.write_bytes(bytes(content))
-    as_a_new_process()
-    with pytest.raises(DamagedFileError, match=r"array a is not as it was stored.*delete it"):
+    with pytest.raises(DamagedFileError, match="array a"):
         cache.read(["b", "a"])
     assert (cache["b"] == 255 - values).all()
-
-
-def test_another_table_in_the_file_is_one_error(cache: ArrayCache) -> None:
-    cache.path.parent.mkdir()
-    with sqlite3.connect(cache.path) as connection:
-        connection.execute("CREATE TABLE arrays (something TEXT)")
-    connection.close()
-    with pytest.raises(DamagedFileError):
-        cache["a"]
-    assert cache.missing(["a"]) == ["a"]

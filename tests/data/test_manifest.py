@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +16,11 @@ import pytest
 from PIL import Image
 
 from stocktake.config.data import BinsConfig, SplitConfig
-from stocktake.data import checks, sqlite_file
+from stocktake.data import checks
 from stocktake.data.images import decode, resize_to_square
 from stocktake.data.manifest import Manifest, build_manifest
 from stocktake.data.photos import photo_cache, prepare_photos
-from stocktake.data.sources import FolderSource
+from stocktake.data.sources import Source
 from stocktake.errors import StocktakeError
 
 QUANTITIES = [1, 2, 3, 4, 5] * 8
@@ -38,13 +37,13 @@ def config(tmp_path: Path, make_root: Callable[..., Path]) -> BinsConfig:
 def photos_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids whose photos are read from now on."""
     read: list[str] = []
-    original = FolderSource.photo
+    original = Source.photo
 
-    def photo(self: FolderSource, bin_id: str) -> bytes:
+    def photo(self: Source, bin_id: str) -> bytes:
         read.append(bin_id)
         return original(self, bin_id)
 
-    monkeypatch.setattr(FolderSource, "photo", photo)
+    monkeypatch.setattr(Source, "photo", photo)
     return read
 
 
@@ -152,9 +151,7 @@ def test_a_fingerprint_is_of_the_data_not_of_its_place_or_order(
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "other bytes", "empty"])
-def test_damaged_checks_are_made_again(
-    config: BinsConfig, photos_read: list[str], damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_checks_are_made_again(config: BinsConfig, photos_read: list[str], damage: str) -> None:
     manifest = build_manifest(config)
     (memory,) = manifest.folder.glob("checks-*.sqlite")
     whole = memory.read_bytes()
@@ -165,7 +162,6 @@ def test_damaged_checks_are_made_again(
         "empty": b"",
     }
     memory.write_bytes(damaged[damage])
-    monkeypatch.setattr(sqlite_file, "_local", threading.local())  # as a new process finds it
     photos_read.clear()
     assert build_manifest(config).fingerprint == manifest.fingerprint
     assert len(photos_read) == 40
@@ -177,16 +173,16 @@ def test_damaged_checks_are_made_again(
 CHECK = """
 import os, sys
 from stocktake.config.data import BinsConfig
-from stocktake.data import checks, sqlite_file
+from stocktake.data import checks
 from stocktake.data.manifest import build_manifest
-from stocktake.data.sources import FolderSource
-photo, read = FolderSource.photo, []
+from stocktake.data.sources import Source
+photo, read = Source.photo, []
 def counted(self, bin_id):
     read.append(bin_id)
     if len(read) > 30:
         os.kill(os.getpid(), 9)
     return photo(self, bin_id)
-FolderSource.photo = counted
+Source.photo = counted
 checks._CHUNK = 8
 build_manifest(BinsConfig(root=sys.argv[1], workspace=sys.argv[2]))
 """

@@ -68,23 +68,18 @@ def mirror_of(config: BinsConfig) -> Path:
 # Whole, and once ------------------------------------------------------------------------------------------------------
 
 
-def test_a_buckets_manifest_is_the_folders(config: BinsConfig, root: Path, server: Server) -> None:
-    found, expected = build_manifest(config), of_folder(config, root)
-    assert found.fingerprint == expected.fingerprint
-    pd.testing.assert_frame_equal(found.bins, expected.bins)
-    assert (found.source.root, found.out_of_range) == ("s3://bins", expected.out_of_range)
+def test_a_buckets_manifest_is_the_folders(config: BinsConfig, root: Path, server: Server, tmp_path: Path) -> None:
+    manifest, expected = build_manifest(config), of_folder(config, root)
+    assert manifest.fingerprint == expected.fingerprint
+    pd.testing.assert_frame_equal(manifest.bins, expected.bins)
+    assert (manifest.source.root, manifest.out_of_range) == ("s3://bins", expected.out_of_range)
     for bin_id in ("00001", "00048"):
-        assert found.source.photo(bin_id) == (root / "bin-images" / f"{bin_id}.jpg").read_bytes()
+        assert manifest.source.photo(bin_id) == (root / "bin-images" / f"{bin_id}.jpg").read_bytes()
     assert objects_asked(server) == dict.fromkeys(keys_of(root), 1)
-
-
-def test_what_is_here_is_not_asked_for(config: BinsConfig, server: Server) -> None:
-    fingerprint = build_manifest(config).fingerprint
-    seen = server.seen()
-    assert build_manifest(config).fingerprint == fingerprint
-    assert server.seen() == seen
-    os.kill(server.pid, 9)  # and nobody needs to answer
-    assert build_manifest(config).fingerprint == fingerprint
+    os.kill(server.pid, 9)  # what is here is not asked for again
+    assert build_manifest(config).fingerprint == expected.fingerprint
+    exported = data(DataConfig(**vars(config), export=str(tmp_path / "tree")))
+    assert len(list((tmp_path / "tree").glob("*/*/*.jpg"))) == exported["bins"] == 36
 
 
 def test_bins_are_fetched_by_list_without_a_listing(
@@ -106,12 +101,12 @@ def test_a_limit_is_the_first_bins_of_the_task(
     limit: int, task: str, config: BinsConfig, root: Path, server: Server
 ) -> None:
     limited = replace(config, limit=limit, task=task)
-    found, expected = build_manifest(limited), of_folder(limited, root)
-    assert found.fingerprint == expected.fingerprint
-    assert dict(found.bins[["id", "split"]].to_numpy()) == dict(expected.bins[["id", "split"]].to_numpy())
+    manifest, expected = build_manifest(limited), of_folder(limited, root)
+    assert manifest.fingerprint == expected.fingerprint
+    assert dict(manifest.bins[["id", "split"]].to_numpy()) == dict(expected.bins[["id", "split"]].to_numpy())
     photos = {Path(key).stem for key in objects_asked(server) if key.startswith("bin-images/")}
-    assert photos == set(found.bins["id"])  # of what is outside the task, the record only
-    assert len(found.bins) == min(limit, 36)
+    assert photos == set(manifest.bins["id"])  # of what is outside the task, the record only
+    assert len(manifest.bins) == min(limit, 36)
     seen = server.seen()
     assert build_manifest(limited).fingerprint == expected.fingerprint
     assert server.seen() == seen
@@ -150,9 +145,11 @@ def test_a_large_bucket_is_not_fetched_unasked(
     assert len(build_manifest(config).bins) == 36  # the rest is little
 
 
-def test_an_export_is_made_of_the_copy(config: BinsConfig, server: Server, tmp_path: Path) -> None:
-    counts = data(DataConfig(**vars(config), export=str(tmp_path / "tree")))
-    assert len(list((tmp_path / "tree").glob("*/*/*.jpg"))) == counts["bins"] == 36
+def test_of_two_at_once_one_fetches(config: BinsConfig, root: Path, server: Server) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        sources = list(threads.map(lambda _: open_source("s3://bins", config, range(1, 6), None), range(2)))
+    assert sources[0].ids() == sources[1].ids() == sorted({Path(key).stem for key in keys_of(root)})
+    assert objects_asked(server) == dict.fromkeys(keys_of(root), 1)
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -163,10 +160,10 @@ def test_faults_by_schedule_change_nothing(config: BinsConfig, root: Path, monke
     faults = [{"key": f"{digit}\\.(jpg|json)$", "do": kind, "times": 2} for digit, kind in enumerate(kinds)]
     with serve(root, faults=faults) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        found = build_manifest(config)
-        assert found.fingerprint == of_folder(config, root).fingerprint
+        manifest = build_manifest(config)
+        assert manifest.fingerprint == of_folder(config, root).fingerprint
         assert set(objects_asked(server).values()) == {1, 2, 3}
-    assert len(found.rejected) == 0
+    assert len(manifest.rejected) == 0
     for key in keys_of(root):
         assert (mirror_of(config) / key).read_bytes() == (root / key).read_bytes()
 
@@ -207,14 +204,14 @@ def test_what_is_missing_is_rejected_and_not_asked_for_again(
     with serve(root) as bare, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", bare.url)
         listed = replace(config, list=str(path))
-        found = build_manifest(listed)
-        aside = pd.read_csv(found.folder / "rejected.csv", dtype=str)
-        assert dict(zip(aside["id"], aside["reason"], strict=True)) == {
+        manifest = build_manifest(listed)
+        rejected = pd.read_csv(manifest.folder / "rejected.csv", dtype=str)
+        assert dict(zip(rejected["id"], rejected["reason"], strict=True)) == {
             "00001": "file is missing",
             "00002": "file is missing",
             "77777": "named by --list, but not in the root",
         }
-        assert found.fingerprint == of_folder(listed, root).fingerprint
+        assert manifest.fingerprint == of_folder(listed, root).fingerprint
         seen = bare.seen()
         build_manifest(listed)
         assert bare.seen() == seen
@@ -234,9 +231,9 @@ def test_a_refresh_follows_the_bucket(
     write_bin(root, "00060", 3)
     with serve(root, port=int(url.rpartition(":")[2])) as server:
         assert "00060" not in set(build_manifest(config).bins["id"])
-        found = build_manifest(replace(config, s3=replace(QUICK, refresh=True)))
-    assert found.fingerprint == of_folder(config, root).fingerprint
-    assert "00060" in set(found.bins["id"])
+        manifest = build_manifest(replace(config, s3=replace(QUICK, refresh=True)))
+    assert manifest.fingerprint == of_folder(config, root).fingerprint
+    assert "00060" in set(manifest.bins["id"])
 
 
 def test_one_refused_object_is_rejected_with_the_reason(
@@ -248,11 +245,11 @@ def test_one_refused_object_is_rejected_with_the_reason(
     ]
     with serve(root, faults=faults) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        found = build_manifest(config)
+        manifest = build_manifest(config)
         seen = server.seen()
-        assert build_manifest(config).fingerprint == found.fingerprint
+        assert build_manifest(config).fingerprint == manifest.fingerprint
         assert server.seen() == seen
-    reasons = dict(zip(found.rejected["id"], found.rejected["reason"], strict=True))
+    reasons = dict(zip(manifest.rejected["id"], manifest.rejected["reason"], strict=True))
     assert reasons.keys() == {"00003", "00004"}
     assert "access is denied" in reasons["00003"]
     assert "never as its checksum says" in reasons["00004"]
@@ -274,61 +271,8 @@ def test_a_bucket_that_gives_nothing_ends_the_command_soon(
         assert build_manifest(config).fingerprint == of_folder(config, root).fingerprint
 
 
-def test_a_bucket_without_checksums_is_read_by_setting(
-    config: BinsConfig, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serve(root, faults=[{"key": ".", "do": "stale_etag", "times": 99}]) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        found = build_manifest(replace(config, s3=replace(QUICK, verify=False)))
-    assert found.fingerprint == of_folder(config, root).fingerprint
-
-
 def test_an_empty_and_a_missing_bucket_are_named(config: BinsConfig, server: Server) -> None:
     with pytest.raises(StocktakeError, match="--root s3://bins/nothing holds no bins"):
         build_manifest(replace(config, root="s3://bins/nothing"))
     with pytest.raises(StocktakeError, match="--root s3://others: there is no bucket others"):
         build_manifest(replace(config, root="s3://others"))
-
-
-# Bounds ---------------------------------------------------------------------------------------------------------------
-
-
-DOWNLOAD = """
-import resource, sys
-from stocktake.config.data import BinsConfig, S3Config
-from stocktake.data.s3_client import Bucket, S3Address
-from stocktake.data.s3_download import _Download
-from pathlib import Path
-
-workspace, count = sys.argv[1], int(sys.argv[2])
-config = BinsConfig(root="s3://bins", workspace=workspace, s3=S3Config(concurrency=8))
-download = _Download(Bucket(S3Address.parse(config.root), config.s3), config, Path(workspace))
-keys = [f"bin-images/{number:05d}.jpg" for number in range(count)]
-for part in (keys[:50], keys):
-    download._fetch(part, "photos")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
-
-
-@pytest.mark.slow
-def test_more_photos_do_not_take_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 MB more of them, in a process of its own: less than a quarter of it at its peak."""
-    photos = tmp_path / "root" / "bin-images"
-    photos.mkdir(parents=True)
-    (photos / "00000.jpg").write_bytes(os.urandom(2**18))
-    for number in range(1, 450):
-        os.link(photos / "00000.jpg", photos / f"{number:05d}.jpg")
-    with serve(tmp_path / "root") as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        command = [sys.executable, "-c", DOWNLOAD, str(tmp_path / "workspace"), "450"]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    before, after = (int(line) for line in printed.splitlines() if line.isdigit())
-    assert len(list((tmp_path / "workspace" / "bin-images").iterdir())) == 450
-    assert after - before < 25 * 2**20
-
-
-def test_of_two_at_once_one_fetches(config: BinsConfig, root: Path, server: Server) -> None:
-    with ThreadPoolExecutor(2) as threads:
-        sources = list(threads.map(lambda _: open_source("s3://bins", config, range(1, 6), None), range(2)))
-    assert sources[0].ids() == sources[1].ids() == sorted({Path(key).stem for key in keys_of(root)})
-    assert objects_asked(server) == dict.fromkeys(keys_of(root), 1)

@@ -11,7 +11,7 @@ import pytest
 
 from stocktake.config.data import BinsConfig
 from stocktake.data.images import LARGEST_FILE, PhotoError, decode_validated
-from stocktake.data.sources import FolderSource, Source, read_id_list, source_key
+from stocktake.data.sources import Source, read_id_list, source_key
 from stocktake.data.sources import open_source as open_any_source
 from stocktake.errors import StocktakeError
 
@@ -36,20 +36,20 @@ def test_a_change_key_changes_with_either_file(
     tmp_path: Path, make_root: Callable[..., Path], bin_photo: Callable[..., bytes]
 ) -> None:
     root = make_root(tmp_path / "root", [1])
-    change_keys = [FolderSource(root).change_key("00001")]
+    change_keys = [Source(root).change_key("00001")]
     (root / "bin-images" / "00001.jpg").write_bytes(bin_photo("another"))
-    change_keys.append(FolderSource(root).change_key("00001"))
+    change_keys.append(Source(root).change_key("00001"))
     (root / "metadata" / "00001.json").unlink()
-    change_keys.append(FolderSource(root).change_key("00001"))
+    change_keys.append(Source(root).change_key("00001"))
     assert len(set(change_keys)) == 3
-    assert FolderSource(root).change_key("00001") == change_keys[-1]
+    assert Source(root).change_key("00001") == change_keys[-1]
 
 
 def test_a_huge_file_is_not_read_into_memory(tmp_path: Path, make_root: Callable[..., Path]) -> None:
     root = make_root(tmp_path / "root", [1])
     with (root / "bin-images" / "00001.jpg").open("r+b") as file:
         file.truncate(10 * LARGEST_FILE)  # sparse: takes no space
-    data = FolderSource(root).photo("00001")
+    data = Source(root).photo("00001")
     assert len(data) <= LARGEST_FILE + 1
     with pytest.raises(PhotoError, match="more than"):
         decode_validated(data)

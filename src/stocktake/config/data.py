@@ -97,5 +97,5 @@ class DataConfig(BinsConfig):
     """Also write an ImageFolder tree here: train/1/<id>.jpg, ..."""
     publish: str | None = None
     """Also upload the bins of the task to s3://bucket/prefix, as webdataset shards with an index: a root as well."""
-    shard_mb: Annotated[int, Field(ge=1, le=2000)] = 64
+    shard_mb: Annotated[int, Field(ge=1, le=1000)] = 64
     """Megabytes of a shard."""

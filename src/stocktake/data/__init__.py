@@ -1,1 +1,1 @@
-"""Floor 1: what a bin is: record, source, manifest and splits, photos, synthetic bins."""
+"""What a bin is: record, source, manifest and splits, photos, synthetic bins."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from stocktake.data.sqlite_file import DamagedFileError, damaged, remove, transaction
+from stocktake.data.sqlite_file import DamagedFileError, rows_or_new, transaction
 
 _TABLE = "CREATE TABLE IF NOT EXISTS arrays (key TEXT PRIMARY KEY, checksum INTEGER NOT NULL, data BLOB NOT NULL)"
 
@@ -36,41 +36,25 @@ class ArrayCache:
         self.dtype = np.dtype(dtype)
 
     def fill_lock(self) -> FileLock:
-        """The lock of whoever computes what is missing, so that only one process does."""
+        """The lock to hold while missing arrays are computed, so that one process computes them."""
         return FileLock(f"{self.path}.lock")
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that are not stored, each once, in the order given; all of them if the file is damaged.
-
-        A damaged file is removed.
-        """
-        try:
-            with transaction(self.path, _TABLE) as connection:
-                stored = {key for (key,) in connection.execute("SELECT key FROM arrays")}
-        except DamagedFileError:
-            remove(self.path)
-            stored = set()
+        """Those of the keys that are not stored, each once, in order. A damaged file is replaced by an empty one."""
+        stored = {key for (key,) in rows_or_new(self.path, _TABLE, "SELECT key FROM arrays")}
         return [key for key in dict.fromkeys(keys) if key not in stored]
 
     def add(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Store arrays, all of them or (killed on the way) none. A damaged file is begun anew.
+        """Store arrays, all of them or (killed on the way) none.
 
         Raises:
             StocktakeError: the file cannot be written.
+            DamagedFileError: it is damaged.
         """
-        rows = []
         for key, array in arrays.items():
             if array.shape != self.shape or array.dtype != self.dtype:
                 raise ValueError(f"{key} is {array.dtype}{array.shape}, not {self.dtype}{self.shape}")
-            data = array.tobytes()
-            rows.append((key, zlib.crc32(data), data))
-        try:
-            self._insert(rows)
-        except DamagedFileError:
-            remove(self.path)
-            self._insert(rows)
-
-    def _insert(self, rows: list[tuple[str, int, bytes]]) -> None:
+        rows = [(key, zlib.crc32(data := array.tobytes()), data) for key, array in arrays.items()]
         with transaction(self.path, _TABLE) as connection:
             connection.executemany("INSERT OR REPLACE INTO arrays VALUES (?, ?, ?)", rows)
 
@@ -83,7 +67,7 @@ class ArrayCache:
         """(n, *shape) in the order of the keys.
 
         Raises:
-            KeyError: one is not stored.
+            KeyError: an array is not stored.
             DamagedFileError: the file or an array in it is damaged.
         """
         arrays = np.empty((len(keys), *self.shape), dtype=self.dtype)
@@ -94,7 +78,7 @@ class ArrayCache:
                     raise KeyError(key)
                 checksum, data = stored
                 if len(data) != arrays[row].nbytes or zlib.crc32(data) != checksum:
-                    raise damaged(self.path, f"array {key} is not as it was stored")
+                    raise DamagedFileError(self.path, f"array {key} is not as it was stored")
                 arrays[row] = np.frombuffer(data, dtype=self.dtype).reshape(self.shape)
         return arrays
 

@@ -17,16 +17,13 @@ from stocktake.data.array_cache import ArrayCache
 from stocktake.data.images import PhotoError, decode_validated, photo_key, resize_to_square
 from stocktake.data.record import RecordError, parse_record
 from stocktake.data.sources import Source
-from stocktake.data.sqlite_file import DamagedFileError, remove, transaction
+from stocktake.data.sqlite_file import rows_or_new, transaction
 
 CHECKS_VERSION = 2
 """Raised when the checks below change, so that remembered ones are not trusted."""
 _THREADS = 4
 _CHUNK = 256
 """Bins whose checks are saved at once: the most that a killed process does again."""
-_TABLE = """CREATE TABLE IF NOT EXISTS checks (
-    id TEXT PRIMARY KEY, change_key TEXT, quantity INTEGER, width INTEGER, height INTEGER, bytes INTEGER,
-    hash TEXT, phash TEXT, items TEXT, flags TEXT, file TEXT, reason TEXT)"""
 
 
 class _Check(NamedTuple):
@@ -46,11 +43,12 @@ class _Check(NamedTuple):
     reason: str = ""
 
 
+_TABLE = f"CREATE TABLE IF NOT EXISTS checks ({', '.join(_Check._fields)}, PRIMARY KEY (id))"
 _INSERT = f"INSERT OR REPLACE INTO checks VALUES ({', '.join('?' * len(_Check._fields))})"  # noqa: S608 - own marks
 
 
 class PhotoStore(NamedTuple):
-    """Where the checks leave the photos that they decode, so that nobody decodes them again."""
+    """Where checks store the photos that they decode, so that each is decoded once."""
 
     cache: ArrayCache
     quantities: Collection[int]
@@ -64,7 +62,7 @@ def check_bins(source: Source, ids: Sequence[str], folder: Path, photos: PhotoSt
         source: with the photos and records.
         ids: of the bins to check.
         folder: the checks are remembered here.
-        photos: where photos that are decoded for their check are left, resized.
+        photos: where photos that are decoded for their check are stored, resized.
 
     Returns:
         A row a bin, sorted by id: id, quantity (missing if the record is unusable), width, height, bytes, hash, phash,
@@ -73,15 +71,13 @@ def check_bins(source: Source, ids: Sequence[str], folder: Path, photos: PhotoSt
     Raises:
         StocktakeError: the folder cannot be written.
     """
-    memory = folder / f"checks-v{CHECKS_VERSION}.sqlite"
+    path = folder / f"checks-v{CHECKS_VERSION}.sqlite"
     change_keys = {bin_id: source.change_key(bin_id) for bin_id in ids}
-    try:
-        known = _known(memory)
-    except DamagedFileError:
-        remove(memory)
-        known = _known(memory)
+    known = dict(rows_or_new(path, _TABLE, "SELECT id, change_key FROM checks"))
     unchecked = [bin_id for bin_id, change_key in change_keys.items() if known.get(bin_id) != change_key]
-    del known
+    del known  # half a million entries
+    if photos is not None:
+        photos.cache.missing(())  # replaces a damaged file
 
     def check(bin_id: str) -> tuple[_Check, npt.NDArray[Any] | None]:
         return _check_bin(source, bin_id, change_keys[bin_id], photos)
@@ -91,31 +87,21 @@ def check_bins(source: Source, ids: Sequence[str], folder: Path, photos: PhotoSt
             results = list(threads.map(check, unchecked[begin : begin + _CHUNK]))
             if photos is not None:
                 photos.cache.add({row.hash: photo for row, photo in results if photo is not None})
-            with transaction(memory, _TABLE) as connection:
+            with transaction(path, _TABLE) as connection:
                 connection.executemany(_INSERT, [row for row, _ in results])
             bar.update(len(results))
-    return _read(memory, change_keys)
+    return _read(path, change_keys)
 
 
-def _known(memory: Path) -> dict[str, str]:
-    with transaction(memory, _TABLE) as connection:
-        return dict(connection.execute("SELECT id, change_key FROM checks"))
-
-
-def _read(memory: Path, ids: Collection[str]) -> pd.DataFrame:
-    columns = [name for name in _Check._fields if name != "change_key"]
-    with transaction(memory, _TABLE) as connection:
-        rows = connection.execute(f"SELECT {', '.join(columns)} FROM checks ORDER BY id")  # noqa: S608 - own names
-        table = pd.DataFrame((row for row in rows if row[0] in ids), columns=columns)
-    types = dict.fromkeys(columns, "str") | dict.fromkeys(("width", "height", "bytes"), "int64")
-    types |= {"quantity": "Int64", "items": "object", "flags": "object"}
-    table = table.astype(types)
-    return table.assign(items=table["items"].map(_shared), flags=table["flags"].map(_shared))
-
-
-def _shared(names: str) -> tuple[str, ...]:
-    """One object for equal names: half a million bins hold their items and flags many times over."""
-    return tuple(map(sys.intern, json.loads(names)))
+def _read(path: Path, ids: Collection[str]) -> pd.DataFrame:
+    with transaction(path, _TABLE) as connection:
+        table = pd.read_sql("SELECT * FROM checks ORDER BY id", connection)
+    table = table[table["id"].isin(ids)].drop(columns="change_key").reset_index(drop=True)
+    table["quantity"] = table["quantity"].astype("Int64")
+    # one object for equal names: half a million bins hold their items and flags many times over
+    texts = {*table["items"], *table["flags"]}
+    names = {text: tuple(map(sys.intern, json.loads(text))) for text in texts}
+    return table.assign(items=table["items"].map(names), flags=table["flags"].map(names))
 
 
 def _check_bin(
@@ -124,27 +110,26 @@ def _check_bin(
     """What is known of one bin, or why it is rejected; and its resized photo if that is to be stored."""
     import imagehash
 
-    row = _Check(bin_id, change_key)
-    file = f"metadata/{bin_id}.json"
+    row = _Check(bin_id, change_key, file=f"metadata/{bin_id}.json")
     try:
         record = parse_record(source.record(bin_id))
-        row = row._replace(quantity=record.quantity, items=_as_json(record.items))
-        file = f"bin-images/{bin_id}.jpg"
+        row = row._replace(quantity=record.quantity, items=_as_json(record.items), file=f"bin-images/{bin_id}.jpg")
         data = source.photo(bin_id)
         row = row._replace(bytes=len(data))
         photo, unusual = decode_validated(data)
     except FileNotFoundError:
-        return row._replace(file=file, reason="file is missing"), None
+        return row._replace(reason="file is missing"), None
     except (RecordError, PhotoError) as error:
-        return row._replace(file=file, reason=str(error)), None
+        return row._replace(reason=str(error)), None
     except OSError as error:
-        return row._replace(file=file, reason=f"file cannot be read: {error.strerror}"), None
+        return row._replace(reason=f"file cannot be read: {error.strerror}"), None
     row = row._replace(
         width=photo.width,
         height=photo.height,
         hash=photo_key(data),
         phash=str(imagehash.phash(photo)),
         flags=_as_json([*record.flags, *unusual]),
+        file="",
     )
     if photos is None or record.quantity not in photos.quantities:
         return row, None

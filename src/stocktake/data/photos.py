@@ -28,7 +28,7 @@ def photo_cache(workspace: Path, size: int) -> ArrayCache:
 def prepare_photos(source: Source, bins: pd.DataFrame, size: int, workspace: Path) -> ArrayCache:
     """A cache that holds every photo of `bins`; those that the manifest's checks did not store are decoded now.
 
-    Of several processes that ask for the same photos, one prepares them and the others wait for it.
+    When several processes need the same photos, one prepares them and the others wait.
 
     Raises:
         StocktakeError: a photo changed after the manifest was built, or the cache cannot be written.

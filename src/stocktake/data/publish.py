@@ -3,9 +3,9 @@
     index.parquet            a row a bin: the manifest's columns, and `shard` and `shard_sha256`
     train-000000.tar ...     <id>.jpg and <id>.json, by id
 
-The same bins give the same shards, byte for byte. The index goes last: who finds one finds the whole set. A set may
-come from anybody: names, ids, sizes and checksums are verified before anything is written, and nothing of its text is
-used as a path.
+The same bins give the same shards, byte for byte. The index is written last: a set with an index is complete. A
+set is untrusted input: names, ids, sizes and checksums are verified before anything is written, and none of its text
+becomes a path before it is checked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,11 @@ from tqdm import tqdm
 from stocktake.data.images import LARGEST_FILE
 from stocktake.data.record import LARGEST_RECORD
 from stocktake.data.s3_client import Bucket
-from stocktake.data.sources import ID, FolderSource, Source, source_key
+from stocktake.data.sources import ID, Source, source_key
 from stocktake.data.splits import SPLITS
 from stocktake.data.task import parse_task
 from stocktake.errors import StocktakeError
-from stocktake.files import atomic_path
+from stocktake.files import atomic_write
 
 if TYPE_CHECKING:
     from stocktake.config.data import DataConfig
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 INDEX = "index.parquet"
 LARGEST_INDEX = 500_000_000
 _LARGEST_INDEX_IN_MEMORY = 4_000_000_000
-_LARGEST_SHARD = 4_000_000_000
+_LARGEST_SHARD = 1_100_000_000
 _FORMAT = 2
 _METADATA = b"stocktake"
 _PATTERNS = {
@@ -58,8 +58,8 @@ _TAR_OVERHEAD = 2 * 1024
 """Bytes that a tar adds to a bin's two files, at most."""
 
 
-class PublishedSource(FolderSource):
-    """The unpacked bins of a published set, and the splits that its publisher decided."""
+class PublishedSource(Source):
+    """The unpacked bins of a published set, with the publisher's splits."""
 
     def __init__(self, folder: Path, root: str, index: pd.DataFrame) -> None:
         super().__init__(folder, root)
@@ -78,7 +78,7 @@ class PublishedSource(FolderSource):
 
 
 def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[int, int, int]:
-    """Upload the bins of a manifest. What the bucket holds already is not sent again.
+    """Upload the bins of a manifest; shards that are in the bucket already are not sent again.
 
     Returns:
         How many shards there are, their bytes, and how many of them had to be sent.
@@ -86,15 +86,14 @@ def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[int
     Raises:
         StocktakeError: the bucket cannot be written.
     """
-    plans: list[tuple[str, pd.DataFrame]] = []
+    shards: list[tuple[str, pd.DataFrame]] = []
     for split in SPLITS:
         rows = manifest.split(split)
-        sizes = [size + _TAR_OVERHEAD for size in rows["bytes"].tolist()]
-        parts = cut(sizes, config.shard_mb * _BYTES_PER_MB)
-        plans += [(f"{split}-{number:06d}.tar", rows.iloc[list(part)]) for number, part in enumerate(parts)]
+        parts = cut((rows["bytes"] + _TAR_OVERHEAD).tolist(), config.shard_mb * _BYTES_PER_MB)
+        shards += [(f"{split}-{number:06d}.tar", rows.iloc[list(part)]) for number, part in enumerate(parts)]
 
-    def upload(plan: tuple[str, pd.DataFrame]) -> tuple[pd.DataFrame, int, bool]:
-        name, rows = plan
+    def upload(shard: tuple[str, pd.DataFrame]) -> tuple[pd.DataFrame, int, bool]:
+        name, rows = shard
         try:
             data = pack(manifest.source, rows["id"])
         except OSError as error:
@@ -104,17 +103,10 @@ def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[int
             bucket.put(name, data)
         return rows.assign(shard=name, shard_sha256=hashlib.sha256(data).hexdigest()), len(data), is_new
 
-    tables: list[pd.DataFrame] = []
-    size = sent = 0
-    with (
-        tqdm(total=len(plans), desc="publishing shards", disable=None) as bar,
-        ThreadPoolExecutor(_AT_A_TIME) as threads,
-    ):
-        for table, length, is_new in threads.map(upload, plans):
-            tables.append(table)
-            size += length
-            sent += is_new
-            bar.update()
+    with ThreadPoolExecutor(_AT_A_TIME) as threads:
+        uploads = threads.map(upload, shards)
+        uploaded = list(tqdm(uploads, desc="publishing shards", total=len(shards), disable=None))
+    index = pd.concat([rows for rows, _, _ in uploaded]).sort_values("id", ignore_index=True)
     about = {
         "format": _FORMAT,
         "task": config.task,
@@ -122,8 +114,8 @@ def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[int
         "source": manifest.source.root,
         "split": {**vars(config.split), "fractions": list(config.split.fractions)},
     }
-    bucket.put(INDEX, _to_parquet(pd.concat(tables).sort_values("id", ignore_index=True), about))
-    return len(plans), size, sent
+    bucket.put(INDEX, _to_parquet(index, about))
+    return len(shards), sum(size for _, size, _ in uploaded), sum(is_new for _, _, is_new in uploaded)
 
 
 def cut(sizes: Sequence[int], limit: int) -> list[range]:
@@ -139,7 +131,7 @@ def cut(sizes: Sequence[int], limit: int) -> list[range]:
 
 
 def pack(source: Source, ids: Iterable[str]) -> bytes:
-    """A tar of photos and records in this order; nothing in it tells when or by whom it was made."""
+    """A tar of photos and records in this order, without times and owners."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for bin_id in ids:
@@ -164,7 +156,7 @@ def _to_parquet(table: pd.DataFrame, about: dict[str, Any]) -> bytes:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a published set lies in the folder, and not plain photos."""
+    """Whether the folder is a published set, and not a folder of photos."""
     try:
         return (folder / INDEX).is_file() and not (folder / "bin-images").is_dir()
     except OSError:  # a name that no folder can have
@@ -172,23 +164,22 @@ def is_published(folder: Path) -> bool:
 
 
 def open_published_folder(folder: Path, workspace: Path, labels: Sequence[int]) -> PublishedSource:
-    """The set that lies in a folder, unpacked once into the workspace.
+    """The published set in a folder, unpacked once into the workspace.
 
     Raises:
         StocktakeError: it is not as published, or does not hold the quantities of the task.
     """
-    index = (folder / INDEX).read_bytes() if (folder / INDEX).stat().st_size <= LARGEST_INDEX else b""
 
-    def fetch(name: str, unpack: Callable[[Path], None]) -> None:
+    def read(name: str, limit: int) -> bytes:
         path = folder / name
-        if not path.is_file() or path.stat().st_size > _LARGEST_SHARD:
-            raise StocktakeError(f"--root {folder}: {name} of the published set is missing, or no file of a shard")
-        unpack(path)
+        if not path.is_file() or path.stat().st_size > limit:
+            raise StocktakeError(f"--root {folder}: {name} of the published set is missing, or larger than any")
+        return path.read_bytes()
 
-    into = workspace / "mirrors" / source_key(str(folder))
-    into.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{into}.lock"):
-        return _open(index, str(folder), into, labels, fetch, at_a_time=1)
+    target = workspace / "mirrors" / source_key(str(folder))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        return _open(read(INDEX, LARGEST_INDEX), str(folder), target, labels, read)
 
 
 def open_published_prefix(bucket: Bucket, index: bytes, folder: Path, labels: Sequence[int]) -> PublishedSource:
@@ -199,63 +190,55 @@ def open_published_prefix(bucket: Bucket, index: bytes, folder: Path, labels: Se
     """
     root = str(bucket.address)
 
-    def fetch(name: str, unpack: Callable[[Path], None]) -> None:
-        path = folder / "shards" / name
+    def read(name: str, limit: int) -> bytes:
         try:
-            bucket.download(name, path, limit=_LARGEST_SHARD)
-            unpack(path)
+            fetched = bucket.get(name, limit=limit)
         except FileNotFoundError:
-            raise StocktakeError(f"--root {root}: {name} of the published set is missing: publish it again") from None
-        finally:
-            path.unlink(missing_ok=True)
+            fetched = None
+        if fetched is None:
+            raise StocktakeError(f"--root {root}: {name} of the published set is missing: publish it again")
+        return fetched[0]
 
-    return _open(index, root, folder, labels, fetch, at_a_time=_AT_A_TIME)
+    return _open(index, root, folder, labels, read)
 
 
 def _open(
-    index_data: bytes,
-    root: str,
-    folder: Path,
-    labels: Sequence[int],
-    fetch: Callable[[str, Callable[[Path], None]], None],
-    at_a_time: int,
+    index_data: bytes, root: str, folder: Path, labels: Sequence[int], read: Callable[[str, int], bytes]
 ) -> PublishedSource:
     """Unpack the shards that are not unpacked yet.
 
     Args:
         index_data: content of the index.
-        root: where the set lies, as a user would write it.
+        root: the set's folder or address, as a user would write it.
         folder: unpacked below it, in a folder named after the index's content.
         labels: of the task.
-        fetch: calls its second argument with the file of the shard that its first one names.
-        at_a_time: shards.
+        read: the content of a shard by its name, refused when it is larger than a limit in bytes.
     """
     index, task = read_index(index_data, root)
     if not set(labels) <= set(parse_task(task)):
         raise StocktakeError(
             f"--task {labels[0]}-{labels[-1]}: {root} was published with --task {task}, and holds no other bins"
         )
-    into = folder / f"published-{hashlib.sha256(index_data).hexdigest()[:16]}"
+    target = folder / f"published-{hashlib.sha256(index_data).hexdigest()[:16]}"
     for part in ("bin-images", "metadata", "unpacked"):
-        (into / part).mkdir(parents=True, exist_ok=True)
+        (target / part).mkdir(parents=True, exist_ok=True)
 
-    def unpack_shard(shard: tuple[str, str]) -> None:
-        name, sha256 = shard
+    def unpack_shard(name: str, sha256: str) -> None:
+        data = read(name, _LARGEST_SHARD)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StocktakeError(f"--root {root}: {name} is not as it was published: publish or copy it again")
+        try:
+            unpack(data, target, set(index.loc[index["shard"] == name, "id"]))
+        except (StocktakeError, tarfile.TarError) as error:
+            raise StocktakeError(f"--root {root}: {name} {error}") from None
+        (target / "unpacked" / name).touch()
 
-        def verify_and_unpack(path: Path) -> None:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise StocktakeError(f"--root {root}: {name} is not as it was published: publish or copy it again")
-            unpack(path, into, set(index.loc[index["shard"] == name, "id"]))
-
-        fetch(name, verify_and_unpack)
-        (into / "unpacked" / name).touch()
-
-    shards = index[["shard", "shard_sha256"]].drop_duplicates().itertuples(index=False, name=None)
-    todo = [shard for shard in shards if not (into / "unpacked" / shard[0]).exists()]
-    with ThreadPoolExecutor(at_a_time) as threads:
-        list(tqdm(threads.map(unpack_shard, todo), desc="unpacking shards", total=len(todo), disable=None))
-    return PublishedSource(into, root, index)
+    shards = index[["shard", "shard_sha256"]].drop_duplicates()
+    shards = shards[[not (target / "unpacked" / name).exists() for name in shards["shard"]]]
+    with ThreadPoolExecutor(_AT_A_TIME) as threads:
+        unpacked = threads.map(unpack_shard, shards["shard"], shards["shard_sha256"])
+        list(tqdm(unpacked, desc="unpacking shards", total=len(shards), disable=None))
+    return PublishedSource(target, root, index)
 
 
 def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str]:
@@ -279,12 +262,12 @@ def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str]:
         if about["format"] != _FORMAT:
             raise refused(f"has format {about['format']!r}: publish the set again")
         index, task = file.read(list(_PATTERNS)).to_pandas(), str(about["task"])
-        strange = [(name, next(_strange(index[name], pattern), None)) for name, pattern in _PATTERNS.items()]
+        for column, pattern in _PATTERNS.items():
+            for value in index[column].unique():
+                if not isinstance(value, str) or not pattern.fullmatch(value):
+                    raise refused(f"holds {value!r}, which is no {column}")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise refused(f"is no index of a published set ({str(error).splitlines()[0][:200]})") from None
-    for name, value in strange:
-        if value is not None:
-            raise refused(f"holds {value}, which is no {name}")
     if index.empty or index["id"].duplicated().any():
         raise refused("holds no bin, or a bin twice")
     if (index["shard"].str.partition("-")[0] != index["split"]).any():
@@ -298,29 +281,22 @@ def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str]:
     return index.sort_values("id", ignore_index=True), task
 
 
-def _strange(values: pd.Series[Any], pattern: re.Pattern[str]) -> Iterator[str]:
-    return (repr(value) for value in values.unique() if not isinstance(value, str) or not pattern.fullmatch(value))
-
-
-def unpack(shard: Path, folder: Path, ids: set[str]) -> None:
+def unpack(shard: bytes, folder: Path, ids: Iterable[str]) -> None:
     """Write the photos and records of an uncompressed tar to bin-images/ and metadata/.
 
     Raises:
-        StocktakeError: it is no such tar, or it holds anything but one regular file of a bounded size as <id>.jpg and
-            one as <id>.json for each of the ids.
+        TarError: it is no such tar.
+        StocktakeError: it holds anything but one regular file of a bounded size as <id>.jpg and one as <id>.json for
+            each of the ids.
     """
-    places = {f"{bin_id}.jpg": (folder / "bin-images", LARGEST_FILE) for bin_id in ids}
-    places |= {f"{bin_id}.json": (folder / "metadata", LARGEST_RECORD) for bin_id in ids}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                into, limit = places.pop(member.name, (None, 0))
-                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-                if into is None or content is None or member.size > limit:
-                    raise StocktakeError(f"{shard.name} holds {member.name!r}, which is no photo or record of its bins")
-                with atomic_path(into / member.name) as temporary:
-                    temporary.write_bytes(content.read())
-    except tarfile.TarError as error:
-        raise StocktakeError(f"{shard.name} is no tar: {error}") from None
-    if places:
-        raise StocktakeError(f"{shard.name} lacks {min(places)}: publish the set again")
+    targets = {f"{bin_id}.jpg": (folder / "bin-images", LARGEST_FILE) for bin_id in ids}
+    targets |= {f"{bin_id}.json": (folder / "metadata", LARGEST_RECORD) for bin_id in ids}
+    with tarfile.open(fileobj=io.BytesIO(shard), mode="r:") as tar:
+        for member in tar:
+            target, limit = targets.pop(member.name, (None, 0))
+            content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+            if target is None or content is None or member.size > limit:
+                raise StocktakeError(f"holds {member.name!r}, which is no photo or record of its bins")
+            atomic_write(target / member.name, content.read())
+    if targets:
+        raise StocktakeError(f"lacks {min(targets)}: publish the set again")

@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocktake.config.data import S3Config
 from stocktake.errors import StocktakeError
-from stocktake.files import atomic_path
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -64,14 +62,6 @@ class S3Address:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """An object's content."""
-
-    data: bytes
-    modified: datetime
-
-
 class Bucket:
     """The objects below an address. Any number of threads may use one."""
 
@@ -89,20 +79,19 @@ class Bucket:
         self.option = option
         self._verify = settings.verify
         config: dict[str, Any] = {}
-        client: dict[str, Any] = {
-            "timeout": timedelta(seconds=settings.timeout),
-            "connect_timeout": timedelta(seconds=min(10.0, settings.timeout)),
-        }
-        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-            config["endpoint"] = endpoint.rstrip("/")
-            client["allow_http"] = True
+        if region := PUBLIC.get(address.bucket) or os.environ.get("AWS_REGION"):
+            config["region"] = region
         provider = None
         if settings.anonymous or address.bucket in PUBLIC or (provider := _credentials()) is None:
             config["skip_signature"] = True
         else:
             config["checksum_algorithm"] = "SHA256"  # the bucket refuses what was damaged on the way up
         self.is_signed = provider is not None
-        config["region"] = _region(address.bucket, provider)
+        client = {
+            "timeout": timedelta(seconds=settings.timeout),
+            "connect_timeout": timedelta(seconds=min(10.0, settings.timeout)),
+            "allow_http": True,  # where AWS_ENDPOINT_URL says so
+        }
         retrying = {
             "max_retries": settings.retries,
             "backoff": _BACKOFF,
@@ -120,8 +109,10 @@ class Bucket:
         except Exception as error:
             raise StocktakeError(f"{option} {address} cannot be opened: {_brief(error)}") from None
 
-    def get(self, key: str, *, limit: int, since: datetime | None = None) -> Fetched | None:
-        """An object's content, of the length that was announced and with the MD5 of its ETag, where that is one.
+    def get(self, key: str, *, limit: int, since: datetime | None = None) -> tuple[bytes, datetime] | None:
+        """An object's content and when it was modified.
+
+        The content has the length that was announced and, with `--s3.verify`, the MD5 of its ETag where that is one.
 
         Args:
             key: below the address.
@@ -141,27 +132,17 @@ class Bucket:
                     answer = obstore.get(self._store, key, options={"if_modified_since": since} if since else {})
                 except obstore.exceptions.NotModifiedError:
                     return None
-                self._check_size(key, answer.meta["size"], limit)
+                if answer.meta["size"] > limit:
+                    raise self._refused(key, f"object has {answer.meta['size']} bytes, more than {limit}")
                 data = answer.bytes().to_bytes()
             md5 = _MD5.fullmatch(answer.meta["e_tag"] or "") if self._verify else None
-            if md5 is None or hashlib.md5(data, usedforsecurity=False).hexdigest() == md5[1]:
-                return Fetched(data, answer.meta["last_modified"])
+            if md5 is None or _md5(data) == md5[1]:
+                return data, answer.meta["last_modified"]
         raise self._refused(
             key,
             f"never as its checksum says in {_CORRUPT_ATTEMPTS} attempts "
             "(a bucket encrypted with KMS has no checksums in its ETags: --s3.verify false)",
         )
-
-    def download(self, key: str, path: Path, *, limit: int) -> None:
-        """Write an object of any size to a file, whole or not at all; errors as `get`, but no checksum is compared."""
-        import obstore
-
-        with self._errors_of(key), atomic_path(path) as temporary:
-            answer = obstore.get(self._store, key)
-            self._check_size(key, answer.meta["size"], limit)
-            with temporary.open("wb") as file:
-                for chunk in answer.stream():
-                    file.write(chunk)
 
     def list(self, prefix: str) -> Iterator[str]:
         """Keys below a prefix ending in `/`, in order.
@@ -176,16 +157,14 @@ class Bucket:
                 yield from (entry["path"] for entry in page)
 
     def holds(self, key: str, data: bytes) -> bool:
-        """Whether an object was put with this content (`put` leaves its SHA-256 with it)."""
+        """Whether an object has this content, by its ETag; False where that is no MD5, as in a bucket with KMS."""
         import obstore
 
         try:
             with self._errors_of(key):
-                answer = obstore.get(self._store, key, options={"head": True})
+                return obstore.head(self._store, key)["e_tag"] == f'"{_md5(data)}"'
         except FileNotFoundError:
             return False
-        sha256 = dict(answer.attributes).get("sha256")
-        return answer.meta["size"] == len(data) and sha256 == hashlib.sha256(data).hexdigest()
 
     def put(self, key: str, data: bytes) -> None:
         """Upload, with a checksum that the bucket verifies.
@@ -195,13 +174,8 @@ class Bucket:
         """
         import obstore
 
-        attributes = {"sha256": hashlib.sha256(data).hexdigest()}
         with self._errors_of(key):
-            obstore.put(self._store, key, data, attributes=attributes, use_multipart=False)
-
-    def _check_size(self, key: str, size: int, limit: int) -> None:
-        if size > limit:
-            raise self._refused(key, f"object has {size} bytes, more than {limit}")
+            obstore.put(self._store, key, data, use_multipart=False)
 
     def _refused(self, key: str, reason: str) -> ObjectError:
         return ObjectError(f"{self.option} {self.address}: {key}", reason, is_temporary=False)
@@ -226,12 +200,6 @@ class Bucket:
             raise ObjectError(place, _brief(error), is_temporary=True) from None
 
 
-def _region(bucket: str, provider: Any) -> str:
-    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    of_profile = provider.config.get("region") if provider is not None else None
-    return str(PUBLIC.get(bucket) or named or of_profile or "us-east-1")
-
-
 def _credentials() -> Any:
     """What boto3 finds in variables, files, or the machine's role; None when there is nothing."""
     try:
@@ -253,6 +221,10 @@ def _brief(error: Exception) -> str:
     if "kind: Timeout" in str(error):
         return "no answer in time"
     return line.rpartition(" - ")[2][:200]
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def _code(error: Exception) -> str:

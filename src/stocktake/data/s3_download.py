@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -25,20 +24,20 @@ from stocktake.data.images import LARGEST_FILE, shrink
 from stocktake.data.publish import INDEX, LARGEST_INDEX, open_published_prefix
 from stocktake.data.record import LARGEST_RECORD, RecordError, parse_record
 from stocktake.data.s3_client import PUBLIC, Bucket, ObjectError, S3Address
-from stocktake.data.sources import ID, FolderSource, Source, source_key
+from stocktake.data.sources import ID, Source, source_key
 from stocktake.errors import StocktakeError
 from stocktake.files import atomic_path, atomic_write
 
 UNASKED = 20_000
-"""More photos than this are downloaded only when --list or --limit says so: nobody wants 30 GB by mistake."""
+"""More photos than this are downloaded only when --list or --limit says so: the public bucket has 30 GB."""
 _HOPELESS = 20
-"""So many failures in a row, and it is not the objects."""
+"""After so many failures in a row the bucket is at fault, not the objects."""
 _ROUNDS = 16
-"""Requests of a thread in a batch; failures are counted between batches and within them."""
+"""Requests of a thread in a batch: half a million at once would be a gigabyte of futures."""
 _PHOTOS, _RECORDS = "bin-images/", "metadata/"
 
 
-class DownloadedSource(FolderSource):
+class DownloadedSource(Source):
     """The copy, with the reasons for what the bucket refused."""
 
     def __init__(self, folder: Path, root: str, chosen: Sequence[str] | None, refused: dict[str, str]) -> None:
@@ -51,41 +50,27 @@ class DownloadedSource(FolderSource):
             refused: key -> reason.
         """
         super().__init__(folder, root)
-        self._chosen = chosen
         self._refused = refused
+        if chosen is not None:  # the copy has records of other quantities too
+            may_lack_photo = self._photos.keys() | set(chosen)
+            self._records = {bin_id: key for bin_id, key in self._records.items() if bin_id in may_lack_photo}
+        for key, reason in refused.items():
+            (self._photos if key.startswith(_PHOTOS) else self._records)[Path(key).stem] = reason
 
-    def ids(self) -> list[str]:
-        """Every id with a photo or a record, or with one that was refused; sorted."""
-        ids = set(self._photos if self._chosen is not None else super().ids())
-        return sorted(ids | set(self._chosen or ()) | {Path(key).stem for key in self._refused})
-
-    def change_key(self, bin_id: str) -> str:
-        """Changes with the two files, or the reasons for their absence."""
-        reasons = [self._refused[key] for key in _keys(bin_id) if key in self._refused]
-        return " ".join([super().change_key(bin_id), *reasons])
-
-    def photo(self, bin_id: str) -> bytes:
-        """The photo's bytes; OSError with the reason when it was refused."""
-        self._check(_keys(bin_id)[1])
-        return super().photo(bin_id)
-
-    def record(self, bin_id: str) -> bytes:
-        """The record's bytes; OSError with the reason when it was refused."""
-        self._check(_keys(bin_id)[0])
-        return super().record(bin_id)
-
-    def _check(self, key: str) -> None:
-        if key in self._refused:
-            raise OSError(errno.EIO, self._refused[key], key)
+    def _read(self, name: str, limit: int) -> bytes:
+        """The file; OSError with the reason when the bucket refused it."""
+        if name in self._refused:
+            raise OSError(errno.EIO, self._refused[name], name)
+        return super()._read(name, limit)
 
 
 def open_bucket(root: str, config: BinsConfig, labels: Sequence[int], listed: Sequence[str] | None) -> Source:
-    """The bins below an address, or the set that is published there, downloaded as far as it is not here yet.
+    """The bins below an address, or the set that is published there, of which missing files are downloaded.
 
-    A request that was answered whole is not repeated, and nothing at all is asked of the bucket, until --s3.refresh.
+    A request that was completed is remembered: the bucket is not asked again until --s3.refresh.
 
     Raises:
-        StocktakeError: the bucket cannot be read, or holds more than anybody asked for.
+        StocktakeError: the bucket cannot be read, or holds more photos than are downloaded without --limit or --list.
     """
     address = S3Address.parse(root)
     folder = _mirror_folder(address, config)
@@ -121,7 +106,7 @@ def _published_index(bucket: Bucket) -> bytes | None:
         if error.is_temporary:
             raise
         return None  # a bucket that may not be listed answers 403 for what is not there
-    return index.data if index else None
+    return index[0] if index else None
 
 
 class _Download:
@@ -132,7 +117,7 @@ class _Download:
         self._config = config
         self._folder = folder
         self.refused: dict[str, str] = {}
-        """Key -> why the object cannot be had."""
+        """Key -> why the object cannot be read."""
         for part in (_PHOTOS, _RECORDS):
             (folder / part).mkdir(parents=True, exist_ok=True)
             for leftover in (folder / part).glob(".*"):  # of a process that was killed
@@ -154,10 +139,10 @@ class _Download:
         for key in self._listed(_PHOTOS):
             photos.append(key)
             absent += not (self._folder / key).exists()
-            if absent > UNASKED:  # known before all of it is listed
+            if absent > UNASKED:  # before all of it is listed
                 raise StocktakeError(
-                    f"--root {self._bucket.address} holds more than {UNASKED} photos that are not here yet: say how "
-                    "many bins with --limit N, or which with --list"
+                    f"--root {self._bucket.address} holds more than {UNASKED} photos that are not downloaded yet: "
+                    "say how many bins with --limit N, or which with --list"
                 )
         keys = [*self._listed(_RECORDS), *photos]
         if self._config.s3.refresh:  # what the bucket no longer has answers 404, and goes
@@ -194,70 +179,57 @@ class _Download:
         return (f"{part}{name}" for name in names if name.endswith(suffix) and ID.fullmatch(name.removesuffix(suffix)))
 
     def _fetch(self, keys: Sequence[str], title: str) -> None:
-        """Download what is not here yet.
+        """Download what is missing.
 
         Raises:
-            ObjectError: answers did not come, or nothing could be had.
+            ObjectError: the bucket did not answer, or every object was refused.
         """
         todo = [key for key in keys if self._config.s3.refresh or not (self._folder / key).exists()]
         failures: dict[str, ObjectError] = {}
         failures_in_a_row = 0
-        size = count = 0
-        began = time.monotonic()
         threads = ThreadPoolExecutor(self._config.s3.concurrency)
+        step = _ROUNDS * self._config.s3.concurrency
         try:
             with tqdm(total=len(todo), desc=title, disable=None) as bar:
-                step = _ROUNDS * self._config.s3.concurrency
                 for begin in range(0, len(todo), step):
                     batch = todo[begin : begin + step]
-                    for key, result in zip(batch, threads.map(self._fetch_one, batch), strict=True):
+                    for key, failure in zip(batch, threads.map(self._fetch_object, batch), strict=True):
                         bar.update()
-                        if isinstance(result, ObjectError):
-                            failures[key] = result
-                            failures_in_a_row += 1
-                            if failures_in_a_row >= _HOPELESS:
-                                raise result
-                        else:
-                            failures_in_a_row = 0
-                            size, count = size + result, count + (result > 0)
+                        failures_in_a_row = failures_in_a_row + 1 if failure else 0
+                        if failure:
+                            failures[key] = failure
+                        if failure and failures_in_a_row >= _HOPELESS:
+                            raise failure
         finally:
             threads.shutdown(cancel_futures=True)
-        for error in failures.values():
-            if error.is_temporary or not (count or self._is_begun()):
-                raise error
-        self.refused |= {key: error.reason for key, error in failures.items()}
-        if count:
-            seconds = time.monotonic() - began
-            place = self._bucket.address
-            print(f"{title}: {count} objects ({size / 1e6:.1f} MB) of {place} in {seconds:.1f} s", flush=True)
+        for failure in failures.values():
+            if failure.is_temporary or not any((self._folder / _RECORDS).iterdir()):
+                raise failure
+        self.refused |= {key: failure.reason for key, failure in failures.items()}
+        if todo:
+            print(f"{title}: {len(todo)} objects of {self._bucket.address}", flush=True)
 
-    def _fetch_one(self, key: str) -> int | ObjectError:
-        """The bytes downloaded, or why there are none."""
+    def _fetch_object(self, key: str) -> ObjectError | None:
+        """Download a file, or remove it when the object is gone; an error if it cannot be read."""
         path = self._folder / key
+        is_photo = key.startswith(_PHOTOS)
         since = None
         if self._config.s3.refresh and path.exists():
             since = datetime.fromtimestamp(path.stat().st_mtime, UTC)
         try:
-            fetched = self._bucket.get(
-                key, limit=LARGEST_FILE if key.startswith(_PHOTOS) else LARGEST_RECORD, since=since
-            )
+            fetched = self._bucket.get(key, limit=LARGEST_FILE if is_photo else LARGEST_RECORD, since=since)
         except FileNotFoundError:
             path.unlink(missing_ok=True)
-            return 0
+            return None
         except ObjectError as error:
             return error
-        if fetched is None:
-            return 0
-        data = fetched.data
-        if self._config.s3.resize and key.startswith(_PHOTOS):
-            data = shrink(data, self._config.s3.resize)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(data)
-            os.utime(temporary, (fetched.modified.timestamp(),) * 2)  # what --s3.refresh compares
-        return len(fetched.data)
-
-    def _is_begun(self) -> bool:
-        return any(next((self._folder / part).iterdir(), None) for part in (_PHOTOS, _RECORDS))
+        if fetched is not None:
+            data, modified = fetched
+            with atomic_path(path) as temporary:
+                resize = self._config.s3.resize if is_photo else None
+                temporary.write_bytes(shrink(data, resize) if resize else data)
+                os.utime(temporary, (modified.timestamp(),) * 2)  # what --s3.refresh compares
+        return None
 
 
 def _keys(bin_id: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ LARGEST_QUANTITY = 999
 
 
 def parse_task(task: str) -> tuple[int, ...]:
-    """Labels of a task: '1-5' (first seed) -> (1, 2, 3, 4, 5); '0-5' (the paper), any range.
+    """Labels of a task: '1-5' -> (1, 2, 3, 4, 5); '0-5', any range.
 
     Raises:
         StocktakeError: the text is not a range of at least two quantities.

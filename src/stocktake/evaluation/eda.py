@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from stocktake.data.images import PhotoError, decode, resize_to_square
 from stocktake.data.manifest import Manifest
 from stocktake.data.sources import Source
-from stocktake.data.splits import SPLITS
 from stocktake.evaluation import eda_figures as figures
 from stocktake.evaluation.figures import save
 from stocktake.evaluation.pages import data_uri, render
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLE = 2_000
-"""Photos measured at most, and photos whose nearest other one is looked for."""
+"""Photos that are measured at most, and photos whose nearest neighbour is searched."""
 SHEET = 12
 """Photos on the sheet of one quantity."""
 _SIDE = 224  # pixels: one size for all, or sharpness would not compare
@@ -95,23 +95,16 @@ def explore(manifest: Manifest, *, seed: int, near: int) -> Exploration:
         "eda/bins": len(bins),
         "eda/rejected": len(manifest.rejected),
         "eda/out_of_range": manifest.out_of_range,
-        "eda/flagged_share": float((bins["flags"].str.len() > 0).mean()),
+        "eda/flagged_share": (bins["flags"].str.len() > 0).mean(),
     }
     result.tables["flags"], result.tables["rejected"] = flag_table(bins), manifest.rejected.head(_ROWS)
-    _add_classes(result, bins, manifest.labels)
+    _add_classes(result, manifest)
     _add_samples(result, manifest, rng)
     _add_photos(result, manifest, rng)
     _add_snapshots(result, bins)
     _add_near_duplicates(result, bins, rng, near)
     result.metrics = {name: float(value) for name, value in result.metrics.items()}
     return result
-
-
-def class_table(bins: pd.DataFrame, labels: Sequence[int]) -> pd.DataFrame:
-    """Bins by quantity (index: every label) and split, with the columns train, val, test and all."""
-    table = pd.crosstab(bins["quantity"], bins["split"])
-    table = table.reindex(index=list(labels), columns=list(SPLITS), fill_value=0)
-    return table.assign(all=table.sum(axis=1))
 
 
 def imbalance_ratio(counts: NDArray[Any]) -> float:
@@ -143,31 +136,28 @@ def groups_across_splits(bins: pd.DataFrame) -> int:
     return int(bins[["group", "split"]].drop_duplicates()["group"].value_counts().gt(1).sum())
 
 
-class Nearest(NamedTuple):
-    """The most similar other photo of each photo asked for."""
+def nearest_photos(
+    hashes: NDArray[np.uint64], chosen: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The most similar other photo of some of the photos, in bounded memory.
 
-    distance: NDArray[np.int64]
-    """(M,) differing bits of the 64-bit perceptual hashes."""
-    position: NDArray[np.int64]
-    """(M,) where that photo is among all."""
+    Args:
+        hashes: (N,) 64-bit perceptual hashes.
+        chosen: (M,) positions of the photos to look at.
 
-
-def nearest_photos(hashes: NDArray[np.uint64], asked: NDArray[np.int64]) -> Nearest:
-    """Compare the photos at the positions `asked` (M,) with all others by their perceptual hashes (N,).
-
-    Takes M x N comparisons in bounded memory; returns nothing when there is one photo only.
+    Returns:
+        (M,) differing bits and (M,) position of the nearest photo; both empty when there is one photo only.
     """
-    if len(hashes) < 2:
-        return Nearest(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    distance, position = np.zeros(len(asked), dtype=np.int64), np.zeros(len(asked), dtype=np.int64)
-    step = max(1, 4_000_000 // len(hashes))
-    for start in range(0, len(asked), step):
-        part = asked[start : start + step]
+    distance = np.zeros(len(chosen) if len(hashes) > 1 else 0, dtype=np.int64)
+    position = np.zeros_like(distance)
+    step = max(1, 4_000_000 // max(1, len(hashes)))
+    for start in range(0, len(distance), step):
+        part = chosen[start : start + step]
         bits = np.bitwise_count(hashes[part, None] ^ hashes[None, :])
         bits[np.arange(len(part)), part] = 255  # not itself
         position[start : start + step] = nearest = bits.argmin(axis=1)
         distance[start : start + step] = bits[np.arange(len(part)), nearest]
-    return Nearest(distance, position)
+    return distance, position
 
 
 def photo_measures(pixels: Pixels) -> tuple[float, float]:
@@ -197,15 +187,16 @@ def flag_table(bins: pd.DataFrame) -> pd.DataFrame:
     return table.assign(share=table["bins"] / len(bins)).sort_values(["bins", "flag"], ascending=[False, True])
 
 
-def _add_classes(result: Exploration, bins: pd.DataFrame, labels: Sequence[int]) -> None:
-    table = class_table(bins, labels)
+def _add_classes(result: Exploration, manifest: Manifest) -> None:
+    table = manifest.counts()
+    table = table.assign(all=table.sum(axis=1))
     result.tables["classes"] = table.rename_axis("quantity").reset_index()
     result.plots["classes"] = figures.classes_figure(table)
     result.metrics |= {
         "eda/imbalance_ratio": imbalance_ratio(table["all"].to_numpy()),
-        "eda/majority_share": float(table["all"].max() / len(bins)),
-        "eda/empty_classes": float((table["all"] == 0).sum()),
-        **{f"eda/bins_{label}": float(n) for label, n in zip(labels, table["all"], strict=True)},
+        "eda/majority_share": table["all"].max() / len(manifest.bins),
+        "eda/empty_classes": (table["all"] == 0).sum(),
+        **{f"eda/bins_{label}": n for label, n in table["all"].items()},
     }
 
 
@@ -219,19 +210,17 @@ def _add_samples(result: Exploration, manifest: Manifest, rng: np.random.Generat
 
 
 def _add_photos(result: Exploration, manifest: Manifest, rng: np.random.Generator) -> None:
-    from tqdm import tqdm
-
     bins = manifest.bins
     chosen = bins["id"].iloc[np.sort(rng.permutation(len(bins))[:SAMPLE])].tolist()
     photos = tqdm(_read(manifest.source, chosen), "measuring photos", len(chosen), disable=None)
     measured = {bin_id: photo_measures(pixels) for bin_id, pixels in photos}
     result.tables["sizes"], result.plots["sizes"] = size_table(bins), figures.sizes_figure(bins)
     result.metrics |= {
-        "eda/width_median": float(bins["width"].median()),
-        "eda/height_median": float(bins["height"].median()),
-        "eda/square_share": float((bins["width"] == bins["height"]).mean()),
-        "eda/photos_measured": float(len(measured)),
-        "eda/photos_lost": float(len(chosen) - len(measured)),
+        "eda/width_median": bins["width"].median(),
+        "eda/height_median": bins["height"].median(),
+        "eda/square_share": (bins["width"] == bins["height"]).mean(),
+        "eda/photos_measured": len(measured),
+        "eda/photos_lost": len(chosen) - len(measured),
     }
     if not measured:
         return
@@ -247,8 +236,8 @@ def _add_photos(result: Exploration, manifest: Manifest, rng: np.random.Generato
     result.plots["light"] = figures.light_figure(brightness, sharpness)
     result.plots["extremes"] = figures.sheet_figure(rows, "The ends of brightness and sharpness")
     result.metrics |= {
-        "eda/brightness_median": float(np.median(brightness)),
-        "eda/sharpness_median": float(np.median(sharpness)),
+        "eda/brightness_median": np.median(brightness),
+        "eda/sharpness_median": np.median(sharpness),
     }
 
 
@@ -256,29 +245,27 @@ def _add_snapshots(result: Exploration, bins: pd.DataFrame) -> None:
     sizes, changes = group_sizes(bins), neighbour_changes(bins)
     result.plots["snapshots"] = figures.snapshots_figure(sizes, changes)
     result.metrics |= {
-        "eda/groups": float(sizes.sum()),
-        "eda/repeated_share": 1 - int(sizes.get(1, 0)) / len(bins),
-        "eda/largest_group": float(sizes.index.max()),
-        "eda/groups_across_splits": float(groups_across_splits(bins)),
-        "eda/neighbours": float(changes.sum()),
-        "eda/neighbours_equal_share": int(changes.get(0, 0)) / max(1, int(changes.sum())),
+        "eda/groups": sizes.sum(),
+        "eda/repeated_share": 1 - sizes.get(1, 0) / len(bins),
+        "eda/largest_group": sizes.index.max(),
+        "eda/groups_across_splits": groups_across_splits(bins),
+        "eda/neighbours": changes.sum(),
+        "eda/neighbours_equal_share": changes.get(0, 0) / max(1, changes.sum()),
     }
 
 
 def _add_near_duplicates(result: Exploration, bins: pd.DataFrame, rng: np.random.Generator, near: int) -> None:
     hashes = np.array([int(text, 16) for text in bins["phash"]], dtype=np.uint64)
-    asked = np.sort(rng.permutation(len(bins))[:SAMPLE])
-    distance, position = nearest_photos(hashes, asked)
-    result.metrics["eda/same_photo_share"] = float(bins["hash"].duplicated(keep=False).mean())
+    chosen = np.sort(rng.permutation(len(bins))[:SAMPLE])
+    distance, position = nearest_photos(hashes, chosen)
+    result.metrics["eda/same_photo_share"] = bins["hash"].duplicated(keep=False).mean()
     if not distance.size:
         return
     group, split = bins["group"].to_numpy(), bins["split"].to_numpy()
     is_near = distance <= near
-    same_group = group[asked] == group[position]
-    result.plots["near_duplicates"] = figures.nearest_figure(distance, same_group, near)
-    result.metrics["eda/near_duplicates_share"] = float(is_near.mean())
-    across = is_near & (split[asked] != split[position])
-    result.metrics["eda/near_duplicates_across_splits"] = float(across.mean())
+    result.plots["near_duplicates"] = figures.nearest_figure(distance, group[chosen] == group[position], near)
+    result.metrics["eda/near_duplicates_share"] = is_near.mean()
+    result.metrics["eda/near_duplicates_across_splits"] = (is_near & (split[chosen] != split[position])).mean()
 
 
 def _read(source: Source, ids: Sequence[str]) -> Iterator[tuple[str, Pixels]]:

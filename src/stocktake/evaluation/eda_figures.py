@@ -19,7 +19,7 @@ _SPLIT_COLORS = dict(zip(SPLITS, (BLUE, ORANGE, GREEN), strict=True))
 
 
 def classes_figure(table: pd.DataFrame) -> Figure:
-    """Bins by quantity, and the share of each quantity in each split, from `class_table`."""
+    """Bins by quantity, and the share of each quantity in each split, from `Manifest.counts` with a column `all`."""
     labels = [str(label) for label in table.index]
     counts = {int(label): int(count) for label, count in zip(table.index, table["all"], strict=True) if count}
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
@@ -33,7 +33,7 @@ def classes_figure(table: pd.DataFrame) -> Figure:
         for x, total in enumerate(below):
             left.annotate(f"{total:,.0f}", (x, total), (0, 3), textcoords="offset points", ha="center", fontsize=9)
     _legend_below(left)
-    plain(left, "Bins of each quantity", "Recorded quantity", "Bins")
+    plain(left, "Bins of each quantity", "Recorded quantity", "Bins", "y")
     _whole_numbers(left)
     share = table[list(SPLITS)] / table[list(SPLITS)].sum().clip(lower=1)
     for (split, color), offset, mark in zip(_SPLIT_COLORS.items(), (-0.16, 0, 0.16), "osD", strict=True):
@@ -41,9 +41,7 @@ def classes_figure(table: pd.DataFrame) -> Figure:
     right.set_xticks(range(len(labels)), labels)
     right.set_ylim(bottom=0)
     _legend_below(right)
-    plain(right, "Mix of quantities in each split", "Recorded quantity", "Share of the split's bins (%)")
-    _grid(left, "y")
-    _grid(right, "y")
+    plain(right, "Mix of quantities in each split", "Recorded quantity", "Share of the split's bins (%)", "y")
     times = f", {counts[most] / counts[least]:.1f} times quantity {least}" if most != least else ""
     headline(figure, f"Quantity {most} is the most frequent{times}")
     return figure
@@ -66,17 +64,15 @@ def sheet_figure(rows: dict[str, list[tuple[str, NDArray[np.uint8]]]], title: st
     grid = figure.subplots(max(1, len(broken)), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-        axes.set_xticks([])  # else the layout measures labels that nobody sees
+        axes.set_xticks([])  # or the layout measures invisible labels
         axes.set_yticks([])
     for axes_row, (name, photos) in zip(grid, broken, strict=False):
         for axes, (caption, pixels) in zip(axes_row, photos, strict=False):
             axes.imshow(pixels, interpolation="antialiased")
             axes.set_title(caption, fontsize=8, color=GREY, pad=3, parse_math=False)
         if name:
-            place = (-0.06, 0.5)
-            axes_row[0].annotate(
-                name, place, xycoords="axes fraction", rotation=90, ha="right", va="center", fontsize=9, color=INK
-            )
+            style: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 9, "color": INK}
+            axes_row[0].annotate(name, (-0.06, 0.5), xycoords="axes fraction", **style)
     headline(figure, title)
     return figure
 
@@ -90,13 +86,11 @@ def sizes_figure(bins: pd.DataFrame) -> Figure:
     left, right = figure.subplots(1, 2)
     area = 900 * table["bins"] / table["bins"].max()
     left.scatter(table["width"], table["height"], s=area.clip(lower=14), color=BLUE, alpha=0.5, linewidths=0)
-    plain(left, "Sizes (area: number of photos)", "Width (pixels)", "Height (pixels)")
+    plain(left, "Sizes (area: number of photos)", "Width (pixels)", "Height (pixels)", "both")
     left.set_aspect("equal", adjustable="datalim")
     left.margins(0.15)
     _histogram(right, bins["bytes"].to_numpy() / 1000, BLUE)
-    plain(right, "File sizes", "File size (kB)", "Photos")
-    _grid(left, "both")
-    _grid(right, "y")
+    plain(right, "File sizes", "File size (kB)", "Photos", "y")
     rest = ""
     if len(others):
         low, high = (f"{value:.1f}" for value in others.quantile([0.05, 0.95]))
@@ -110,16 +104,10 @@ def light_figure(brightness: NDArray[np.float64], sharpness: NDArray[np.float64]
     figure = new_figure(9.6, 3.6)
     left, right = figure.subplots(1, 2)
     _histogram(left, brightness, BLUE)
-    plain(left, f"Brightness: median {np.median(brightness):.0f}", "Mean luma (0 black, 255 white)", "Photos")
+    plain(left, f"Brightness: median {np.median(brightness):.0f}", "Mean luma (0 black, 255 white)", "Photos", "y")
     _histogram(right, np.maximum(sharpness, 1e-3), BLUE, log=True)
-    plain(
-        right,
-        f"Sharpness: median {np.median(sharpness):,.0f}",
-        "Variance of the Laplacian (left is blurred)",
-        "Photos",
-    )
-    _grid(left, "y")
-    _grid(right, "y")
+    title = f"Sharpness: median {np.median(sharpness):,.0f}"
+    plain(right, title, "Variance of the Laplacian (left is blurred)", "Photos", "y")
     headline(figure, f"Brightness and sharpness of {len(brightness):,} photos")
     return figure
 
@@ -134,7 +122,7 @@ def snapshots_figure(sizes: pd.Series[int], changes: pd.Series[int]) -> Figure:
     left.bar(bins.index.to_numpy(), bins.to_numpy(), color=colors, edgecolor=GREY, linewidth=0.4, width=0.8)
     left.set_xlim(0.3, max(3, int(bins.index.max())) + 0.7)
     left.locator_params(axis="x", integer=True)
-    plain(left, "Bins by number of snapshots", "Snapshots of the same bin", "Bins")
+    plain(left, "Bins by number of snapshots", "Snapshots of the same bin", "Bins", "y")
     _whole_numbers(left)
     if changes.sum():
         near = range(max(-5, min(-2, *changes.index)), min(5, max(2, *changes.index)) + 1)
@@ -146,9 +134,7 @@ def snapshots_figure(sizes: pd.Series[int], changes: pd.Series[int]) -> Figure:
         right.set_xticks(near, [f"{x:+d}" if x else "0" for x in near])
     else:
         right.text(0.5, 0.5, "no neighbouring snapshots", ha="center", color=GREY, transform=right.transAxes)
-    plain(right, f"Change in {changes.sum():,} neighbouring pairs", "Change of the quantity (items)", "Pairs (%)")
-    _grid(left, "y")
-    _grid(right, "y")
+    plain(right, f"Change in {changes.sum():,} neighbouring pairs", "Change of the quantity (items)", "Pairs (%)", "y")
     headline(figure, f"{repeated:.0%} of the bins are seen again")
     return figure
 
@@ -175,9 +161,8 @@ def nearest_figure(distance: NDArray[np.int64], same_group: NDArray[np.bool_], n
         backgroundcolor="white",
     )
     _legend_below(axes)
-    plain(axes, "", "Distance to the most similar other photo (differing bits of 64)", "Photos")
+    plain(axes, "", "Distance to the most similar other photo (differing bits of 64)", "Photos", "y")
     _whole_numbers(axes)
-    _grid(axes, "y")
     share = float((distance <= near).mean()) if distance.size else 0.0
     headline(figure, f"{share:.1%} of the photos have a near-identical one")
     return figure
@@ -203,15 +188,8 @@ def _histogram(axes: Axes, values: NDArray[Any], color: str, *, log: bool = Fals
 
 def _legend_below(axes: Axes) -> None:
     """Under the axis label, where it covers no mark."""
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        ncols=3,
-        labelcolor=INK,
-        borderaxespad=0,
-        loc="upper left",
-        bbox_to_anchor=(0, -0.17),
-    )
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.17), "borderaxespad": 0}
+    axes.legend(frameon=False, fontsize=9, ncols=3, labelcolor=INK, **place)
 
 
 def _whole_numbers(axes: Axes) -> None:
@@ -220,7 +198,3 @@ def _whole_numbers(axes: Axes) -> None:
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _grid(axes: Axes, axis: Any) -> None:
-    axes.grid(axis=axis, which="major", color=PALE, linewidth=0.8)

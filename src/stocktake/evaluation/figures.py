@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -42,8 +42,8 @@ def save(figure: Figure, path: Path, *, dpi: int = 150) -> None:
         figure.savefig(temporary, format="png", dpi=dpi)
 
 
-def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Title on the left, labelled axes, no frame: the marks carry the figure."""
+def plain(axes: Axes, title: str, xlabel: str, ylabel: str, grid: Literal["x", "y", "both"] | None = None) -> None:
+    """Title on the left, labelled axes, no frame, grid lines across these axes: the marks carry the figure."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
     axes.set_xlabel(xlabel, fontsize=10, color=INK)
     axes.set_ylabel(ylabel, fontsize=10, color=INK)
@@ -51,6 +51,8 @@ def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, which="major", color=PALE, linewidth=0.8)
 
 
 def headline(figure: Figure, text: str) -> None:
@@ -66,6 +68,8 @@ def confusion_figure(confusion: NDArray[Any], labels: Sequence[int], title: str)
     Rows are recorded, columns counted quantities; the exact counts lie on the outlined diagonal. Above 12
     labels the percentages are left out, above 24 the counts too.
     """
+    from matplotlib.patches import Rectangle
+
     counts = np.asarray(confusion)
     k, total = len(labels), int(counts.sum())
     recorded = counts.sum(axis=1, keepdims=True)
@@ -83,16 +87,17 @@ def confusion_figure(confusion: NDArray[Any], labels: Sequence[int], title: str)
             ink = "white" if share[row, column] > 0.55 else (INK if counts[row, column] else GREY)
             size = 10 if k <= 8 else 8 if k <= 12 else 7
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink, linespacing=1.4)
+    outline: dict[str, Any] = {"fill": False, "edgecolor": ORANGE, "linewidth": 1.4, "zorder": 3, "clip_on": False}
     for i in range(k):
-        axes.add_patch(_square(i))
+        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, **outline))
 
-    figures = {name: float(value) for name, value in scores(counts, labels).items()}
-    summary = (
-        f"{total:,} bins · exact {figures['accuracy']:.1%} · within one {figures['within_1']:.1%} · "
-        f"macro-F1 {figures['macro_f1']:.3f}"
-        if total
-        else "no bins"
-    )
+    summary = "no bins"
+    if total:
+        metrics = {name: float(value) for name, value in scores(counts, labels).items()}
+        summary = (
+            f"{total:,} bins · exact {metrics['accuracy']:.1%} · within one {metrics['within_1']:.1%} · "
+            f"macro-F1 {metrics['macro_f1']:.3f}"
+        )
     plain(axes, summary, "Counted quantity", "Recorded quantity (bins)")
     axes.set_title(summary, loc="left", fontsize=9.5, color=GREY)
     headline(figure, title)
@@ -108,12 +113,6 @@ def confusion_figure(confusion: NDArray[Any], labels: Sequence[int], title: str)
     bar.outline.set_visible(False)
     bar.set_label("Share of the row", fontsize=9, color=GREY)
     return figure
-
-
-def _square(i: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.4, zorder=3, clip_on=False)
 
 
 def reliability_figure(tables: Mapping[str, pd.DataFrame], title: str) -> Figure:
@@ -155,16 +154,15 @@ def curves_figure(rows: pd.DataFrame) -> Figure:
     figure = new_figure(9.6, 4.0)
     left, right = figure.subplots(1, 2)
     _lines(left, rows, {"train/loss": ("train", ORANGE), "val/loss": ("val", BLUE)})
-    plain(left, "Loss", "Epoch", "Cross-entropy (nats)")
+    plain(left, "Loss", "Epoch", "Cross-entropy (nats)", "y")
     scored = {
         "train/accuracy": ("train accuracy", ORANGE),
         "val/accuracy": ("val accuracy", SKY),
         "val/macro_f1": ("val macro-F1", BLUE),
     }
     _lines(right, rows, scored)
-    plain(right, "Accuracy and macro-F1", "Epoch", "Share (0 to 1)")
+    plain(right, "Accuracy and macro-F1", "Epoch", "Share (0 to 1)", "y")
     for axes in (left, right):
-        axes.grid(axis="y", color=PALE, linewidth=0.8)
         axes.locator_params(axis="x", integer=True)
         if best is not None:
             axes.axvline(best["epoch"], color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
