@@ -164,7 +164,7 @@ def test_the_import_rule_is_kept(copy: Path) -> None:
             "stocktake.evaluation.metrics -> stocktake.tracking.runs",
         ),
         ("errors.py", "import stocktake.config", "stocktake.errors -> stocktake.config"),
-        ("commands/majority.py", "import mlflow", "stocktake.commands.majority -> mlflow"),
+        ("commands/train.py", "import mlflow", "stocktake.commands.train -> mlflow"),
         ("serving/predictor.py", "import torch", "stocktake.serving.predictor -> torch"),
     ],
 )

@@ -21,18 +21,11 @@ from stocktake.config.data import DataConfig
 from stocktake.config.parser import ALIASES, examples, parse_arguments, summary
 from stocktake.config.runs import CompareConfig, EdaConfig, EvaluateConfig, SyncConfig
 from stocktake.config.serving import DeployConfig, PredictConfig, ServeConfig
-from stocktake.config.training import (
-    ClassicalConfig,
-    DdpConfig,
-    FinetuneConfig,
-    FrozenConfig,
-    LadderConfig,
-    MajorityConfig,
-    TuneConfig,
-)
+from stocktake.config.training import DdpConfig, LadderConfig, TuneConfig
 from stocktake.config.versions import PromoteConfig, RegisterConfig, RegistryConfig, RollbackConfig
 from stocktake.errors import StocktakeError
 from stocktake.machine import share_the_machine
+from stocktake.stages.table import STAGES
 
 _EXTRAS = dict.fromkeys(("boto3", "botocore", "obstore", "sagemaker", "webdataset"), "aws")
 """What brings a library that may be missing; the others come with serving and training."""
@@ -54,10 +47,7 @@ COMMANDS = {
     "ladder": Command(LadderConfig, "ladder:ladder"),
     "data": Command(DataConfig, "data:data"),
     "eda": Command(EdaConfig, "eda:eda"),
-    "majority": Command(MajorityConfig, "majority:majority"),
-    "classical": Command(ClassicalConfig, "classical:classical"),
-    "frozen": Command(FrozenConfig, "frozen:frozen"),
-    "finetune": Command(FinetuneConfig, "finetune:finetune", is_distributed=True),
+    **{name: Command(stage.config, "train:train", stage.is_distributed) for name, stage in STAGES.items()},
     "ddp": Command(DdpConfig, "ddp:ddp"),
     "tune": Command(TuneConfig, "tune:tune"),
     "remote_trial": Command(RemoteTrialConfig, "remote_trial:remote_trial"),

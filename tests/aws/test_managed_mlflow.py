@@ -17,7 +17,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from emulated_aws import EmulatedAws
-from stocktake.commands.majority import majority
+from stocktake.commands.train import train
 from stocktake.config.data import SplitConfig
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.training import MajorityConfig
@@ -131,7 +131,7 @@ def test_a_run_is_logged_through_the_arn(managed: Gateway, emulator: EmulatedAws
         split=SplitConfig(fractions=(0.6, 0.2, 0.2), near_duplicate_distance=0),
         tracking=TrackingConfig(experiment="through-the-arn", system_metrics=False),
     )
-    majority(config)
+    train(config)
     client = mlflow.MlflowClient(ARN, ARN)
     (run,) = client.search_runs([client.get_experiment_by_name("through-the-arn").experiment_id])
     assert run.info.status == "FINISHED"

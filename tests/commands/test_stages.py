@@ -15,11 +15,8 @@ import pandas as pd
 import pytest
 
 from stocktake.cli import parse
-from stocktake.commands.classical import classical
 from stocktake.commands.evaluate import evaluate
-from stocktake.commands.finetune import finetune
-from stocktake.commands.frozen import frozen
-from stocktake.commands.majority import majority
+from stocktake.commands.train import train
 from stocktake.config.runs import EvaluateConfig, ImageConfig
 from stocktake.config.training import (
     ClassicalConfig,
@@ -137,7 +134,7 @@ def check_evaluation(rung: StageResult, make_config: Callable[..., Any]) -> None
 @pytest.mark.slow
 def test_majority(make_config, sqlite_store: str) -> None:
     config = make_config(MajorityConfig)
-    rung = majority(config)
+    rung = train(config)
     prepared = prepare_data(config)
     check_run(rung, config, "majority", sqlite_store, prepared)
     assert rung.metrics["test/recall_3"] == 1
@@ -156,7 +153,7 @@ def test_majority(make_config, sqlite_store: str) -> None:
 @pytest.mark.slow
 def test_classical(make_config, sqlite_store: str) -> None:
     config = make_config(ClassicalConfig, classical=PcaSvmConfig(pixels=16, components=20))
-    rung = classical(config)
+    rung = train(config)
     check_run(rung, config, "classical", sqlite_store, prepare_data(config))
     assert rung.metrics["val/macro_f1"] > 0.5
     assert rung.backbone is None
@@ -166,7 +163,7 @@ def test_classical(make_config, sqlite_store: str) -> None:
 @pytest.mark.slow
 def test_frozen(make_config, sqlite_store: str) -> None:
     config = make_config(FrozenConfig, **NETWORK)
-    rung = frozen(config)
+    rung = train(config)
     prepared = prepare_data(config)
     check_run(rung, config, "frozen", sqlite_store, prepared)
     first = json.loads((rung.run.folder / "result.json").read_text())["metrics"]
@@ -175,7 +172,7 @@ def test_frozen(make_config, sqlite_store: str) -> None:
     assert len(heads) == len(config.head.c)
     assert rung.metrics["val/macro_f1"] == pytest.approx(max(heads), abs=1e-6), "the best head on val was kept"
 
-    again = frozen(config)
+    again = train(config)
     second = json.loads((again.run.folder / "result.json").read_text())["metrics"]
     assert second["features/computed"] == 0
     assert again.metrics == rung.metrics
@@ -185,7 +182,7 @@ def test_frozen(make_config, sqlite_store: str) -> None:
 @pytest.mark.slow
 def test_finetune(make_config, sqlite_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_config(FinetuneConfig, **FINETUNE)
-    rung = finetune(config)
+    rung = train(config)
     out = capsys.readouterr().out
     assert len(re.findall(r"^epoch=\d train_loss=\S+ .*val_macro_f1=\S+ elapsed_sec=\S+$", out, re.M)) == 2
     assert f"TEST: loss={rung.metrics['test/loss']:.6f} acc={rung.metrics['test/accuracy']:.6f}" in out
@@ -205,7 +202,7 @@ def test_finetune(make_config, sqlite_store: str, capsys: pytest.CaptureFixture[
 def test_finetune_goes_on_from_a_run_folder(make_config, sqlite_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stocktake.models.precision._cpu_has_bf16", lambda: False)
     config = make_config(FinetuneConfig, **FINETUNE | {"precision": "auto"})
-    whole = finetune(config)
+    whole = train(config)
 
     def interrupt(_line: EpochLogger, trainer: Any, _module: Any) -> None:
         if trainer.current_epoch == 1:
@@ -214,14 +211,14 @@ def test_finetune_goes_on_from_a_run_folder(make_config, sqlite_store: str, monk
     with monkeypatch.context() as patched:
         patched.setattr(EpochLogger, "on_train_epoch_start", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            finetune(config)
+            train(config)
     killed = next(
         path.parent
         for path in Path("workspace/runs").glob("*/result.json")
         if json.loads(path.read_text())["status"] == "KILLED"
     )
     monkeypatch.setattr("stocktake.models.precision._cpu_has_bf16", lambda: True)  # on another machine
-    resumed = finetune(replace(config, resume=str(killed)))
+    resumed = train(replace(config, resume=str(killed)))
     assert resumed.run.tags["precision"] == "fp32"
     assert resumed.metrics == whole.metrics
     assert resumed.run.run_id != whole.run.run_id
@@ -230,11 +227,11 @@ def test_finetune_goes_on_from_a_run_folder(make_config, sqlite_store: str, monk
     assert list(epochs) == [2]
 
     with pytest.raises(StocktakeError, match="give the folder of a run"):
-        finetune(replace(config, resume="workspace"))
+        train(replace(config, resume="workspace"))
     with pytest.raises(StocktakeError, match="trained on other data"):
-        finetune(replace(config, resume=str(killed), task="1-2"))
+        train(replace(config, resume=str(killed), task="1-2"))
     with pytest.raises(StocktakeError, match=r"--lr 0.001 \(now 0.5\)"):
-        finetune(replace(config, resume=str(killed), lr=0.5))
+        train(replace(config, resume=str(killed), lr=0.5))
     failed = [one for one in _runs(sqlite_store) if one.info.status == "FAILED"]
     assert len(failed) == 3
     assert not [one for one in _runs(sqlite_store) if one.info.status == "RUNNING"]

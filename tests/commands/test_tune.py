@@ -20,7 +20,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from stocktake.cli import parse
-from stocktake.commands.frozen import frozen
+from stocktake.commands.train import train
 from stocktake.commands.tune import tune
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.training import TrainingConfig, TuneConfig
@@ -140,7 +140,7 @@ def test_the_study_s_run_has_its_table_plots_and_the_best_model(searched: TuneCo
 def test_the_best_experiment_trains_the_best_model_again(searched: TuneConfig) -> None:
     best = study_folder(searched) / "artifacts" / "best.yaml"
     config = parse("frozen", ["--experiment", str(best)])
-    again = frozen(replace(config, workspace=searched.workspace, tracking=searched.tracking))
+    again = train(replace(config, workspace=searched.workspace, tracking=searched.tracking))
     assert again.metrics["val/macro_f1"] == runs_of(searched)["tune"].data.metrics["val/macro_f1"]
 
 

@@ -34,7 +34,8 @@ JOBS: dict[str, type[RunConfig]] = {
 """The commands that run as jobs."""
 SPACE = "search-space.json"
 """The search space of a tuning job, in the channel `files`."""
-_DISTRIBUTED = ("finetune", "ddp")
+DISTRIBUTED = (*(name for name, stage in STAGES.items() if stage.is_distributed), "ddp")
+"""Those that several processes may run together."""
 _FILES = ("list", "weights")
 _ELSEWHERE = {
     "tracking.uri": "the job's server is tracking_uri in the backend config",
@@ -76,10 +77,10 @@ def read_parameters(
     command = ALIASES.get(entry_point, entry_point)
     if command not in JOBS:
         raise StocktakeError(f"-e {entry_point} does not run as a job: those that do are {', '.join(JOBS)}")
-    if settings.instance_count > 1 and command not in _DISTRIBUTED:
+    if settings.instance_count > 1 and command not in DISTRIBUTED:
         raise StocktakeError(
             f"backend config: instance_count {settings.instance_count}: {command} runs on one instance; "
-            f"{' and '.join(_DISTRIBUTED)} on several"
+            f"{' and '.join(DISTRIBUTED)} on several"
         )
     if settings.warm_start and command != TUNE:
         raise StocktakeError(f"backend config: warm_start is for -e {TUNE}: leave it out")
@@ -98,7 +99,7 @@ def read_parameters(
             tuning = read_tuning_spec(config, parameters)
             files[SPACE] = json.dumps(tuning.space.to_dict()).encode()
             values = {name: value for name, value in values.items() if name not in SEARCH_SETTINGS}
-        elif command in _DISTRIBUTED:
+        elif command in DISTRIBUTED:
             config.check_batch(settings.instance_count * getattr(config, "nproc", 1))
     for name in ("experiment", "root", "workspace"):
         values.pop(name, None)

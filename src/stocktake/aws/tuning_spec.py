@@ -15,8 +15,8 @@ from stocktake.config.training import TuneConfig
 from stocktake.errors import StocktakeError
 from stocktake.stages.table import STAGES, stage_config
 from stocktake.tuning.config_overrides import flat_settings, with_overrides
-from stocktake.tuning.search_defaults import TRIALS, choose_pruner
 from stocktake.tuning.space import Distribution, Space, find_space, parse_space
+from stocktake.tuning.study import TRIALS, choose_pruner
 
 SEARCH_SETTINGS = frozenset(field.name for field in dataclasses.fields(TuneConfig)) - {
     field.name for field in dataclasses.fields(RemoteTrialConfig)

@@ -26,7 +26,6 @@ from stocktake.aws.tuning_spec import chosen_settings, load_space
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.yaml_io import BEST, EXPERIMENT
 from stocktake.errors import StocktakeError
-from stocktake.stages.table import STAGES
 from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.local_store import FAILED, KILLED, RUNNING
@@ -201,7 +200,7 @@ class TuningRuns:
             print(f"best: {best.label}, val_macro_f1 {best.value:.4f}, {self._shown(best)}")
             print(
                 f"train it: mlflow artifacts download -r {run_id} -a {BEST} -d . && stocktake "
-                f"{STAGES[job.stage].command} --experiment {BEST}"
+                f"{job.stage} --experiment {BEST}"
             )
         print(f"the run {run_id} is {status}; it was billed {billed} s", flush=True)
 
@@ -290,7 +289,7 @@ class TuningRuns:
         run_id = self._children[best.name].info.run_id
         experiment = Path(self._client.download_artifacts(run_id, EXPERIMENT, str(folder)))
         header = (
-            f"# stocktake {STAGES[job.stage].command} --experiment {BEST}\n#\n"
+            f"# stocktake {job.stage} --experiment {BEST}\n#\n"
             f"# Trial {best.number} of {count} in {job.name}: {METRIC} {best.value:.4g}.\n"
         )
         (folder / BEST).write_text(header + experiment.read_text(encoding="utf-8"), encoding="utf-8")

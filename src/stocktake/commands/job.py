@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import stocktake
-from stocktake.aws.parameters import COMMAND, TUNE, as_arguments
+from stocktake.aws.parameters import COMMAND, DISTRIBUTED, TUNE, as_arguments
 from stocktake.aws.request import BINS, INSTANCE_COUNT
 from stocktake.config.aws import JobConfig
 from stocktake.config.runs import TrackingConfig
@@ -132,7 +132,7 @@ def _command(base: Path, workspace: Path, instances: Instances) -> list[str]:
         print(f"{failure}: the results come with the job's output", flush=True)
     if is_trial or failure is not None:
         arguments += ["--tracking.offline", "true"]
-    if command not in ("finetune", "ddp", "remote_trial"):
+    if command not in (*DISTRIBUTED, "remote_trial"):
         return [command, *arguments]
     if (run := unfinished_run(workspace / "runs")) is not None:
         print(f"resuming {run.name} after an interruption", flush=True)

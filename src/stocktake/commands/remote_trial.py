@@ -8,10 +8,11 @@ from pathlib import Path
 
 from stocktake.aws.request import ORIGINAL_PATHS
 from stocktake.config.aws import RemoteTrialConfig
+from stocktake.config.runs import ImageConfig
 from stocktake.config.yaml_io import EXPERIMENT, write_experiment
 from stocktake.stages.prepare import prepare_data
 from stocktake.stages.run import log_config, own_run, run_tags
-from stocktake.stages.table import STAGES, StageConfig, stage_config
+from stocktake.stages.table import STAGES, stage_config
 from stocktake.tuning.trial import train_trial
 
 
@@ -36,7 +37,7 @@ def remote_trial(config: RemoteTrialConfig) -> None:
         print(f"trial ended: val_macro_f1={value:.6f}", flush=True)
 
 
-def with_original_paths(config: StageConfig) -> StageConfig:
+def with_original_paths(config: ImageConfig) -> ImageConfig:
     """The config with the paths of whoever has started the search, so that it means the same elsewhere."""
     originals = {name: os.environ.get(variable) for name, variable in ORIGINAL_PATHS.items()}
     # A value that is no path here, such as weights that the search has chosen by name, is nobody's file

@@ -26,7 +26,6 @@ from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.tracking.sync import end_run
 from stocktake.tuning.config_overrides import flat_settings
 from stocktake.tuning.results import record_best, record_study
-from stocktake.tuning.search_defaults import TRIALS, choose_pruner
 from stocktake.tuning.space import find_space
 from stocktake.tuning.storage import (
     DATABASE,
@@ -39,8 +38,10 @@ from stocktake.tuning.storage import (
 )
 from stocktake.tuning.study import (
     OBJECTIVES,
+    TRIALS,
     StudySpec,
     best_trial,
+    choose_pruner,
     failure_streak,
     format_params,
     load_study,
@@ -151,7 +152,9 @@ def _warm_start(config: TuneConfig, spec: StudySpec, study: Study) -> None:
     if not config.warm_start:
         return
     enqueued: list[dict[str, Any]] = []
-    for run_name, score, settings in best_settings(config.tracking, config.task, spec.stage):
+    for run_name, score, settings in best_settings(
+        config.tracking, config.task, spec.stage, is_distributed=STAGES[spec.stage].is_distributed
+    ):
         params = spec.space.params_of(settings)
         if params is not None and params not in enqueued and len(enqueued) < config.warm_start:
             study.enqueue_trial(params, user_attrs={"warm_start": run_name})

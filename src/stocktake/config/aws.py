@@ -1,13 +1,13 @@
 """Jobs on AWS."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.settings import Settings
-from stocktake.config.training import ClassicalConfig, FinetuneConfig, FrozenConfig
+from stocktake.config.training import AnyStageConfig, StageName
 from stocktake.errors import StocktakeError
 
 
@@ -56,12 +56,12 @@ class JobsConfig(Settings):
 
 
 @dataclass
-class RemoteTrialConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
+class RemoteTrialConfig(AnyStageConfig):
     """Train one trial of a search without its study, never looking at test: what a tuning job's containers start.
 
     Examples:
         stocktake remote_trial --stage frozen --root ../bins --image_size 96 --tracking.offline true
     """
 
-    stage: Literal["finetune", "frozen", "classical"] = "finetune"
+    stage: StageName = "finetune"
     """What is trained."""

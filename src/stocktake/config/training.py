@@ -1,7 +1,7 @@
 """Models and how they are trained and searched. The ladder's config is every stage's config at once."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from stocktake.errors import StocktakeError
 
 @dataclass
 class MajorityConfig(ImageConfig):
-    """Benchmark A: always answer the most frequent quantity of the training split.
+    """Always answer the most frequent quantity of the training split.
 
     Examples:
         stocktake majority --root ../bins
@@ -73,7 +73,7 @@ class HeadConfig(Settings):
 
 @dataclass
 class FrozenConfig(NetworkConfig):
-    """Benchmark B: features of a frozen backbone, then a linear head.
+    """A linear head on the features of a frozen backbone.
 
     Examples:
         stocktake frozen --root ../bins --image_size 224
@@ -183,8 +183,27 @@ class DdpConfig(FinetuneConfig):
             raise StocktakeError(f"--node_rank {self.node_rank} must be below --nnodes {self.nnodes}")
 
 
+STAGE_CONFIGS = {
+    "majority": MajorityConfig,
+    "classical": ClassicalConfig,
+    "frozen": FrozenConfig,
+    "finetune": FinetuneConfig,
+}
+"""By the stage's name, weakest first."""
+
+if TYPE_CHECKING:
+    StageName = str
+else:  # the parser takes these names only, and shows them in the help
+    StageName = Literal[tuple(STAGE_CONFIGS)]
+
+
 @dataclass
-class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig):
+class AnyStageConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig):
+    """The settings of every stage at once."""
+
+
+@dataclass
+class LadderConfig(AnyStageConfig):
     """Majority, classical, frozen and fine-tuned on one manifest, a leaderboard, and a candidate version.
 
     Examples:
@@ -193,17 +212,12 @@ class LadderConfig(FinetuneConfig, FrozenConfig, ClassicalConfig, MajorityConfig
         stocktake ladder --experiment experiments/quick.yaml --stages '[majority,frozen]'
     """
 
-    stages: tuple[Literal["majority", "classical", "frozen", "finetune"], ...] = (
-        "majority",
-        "classical",
-        "frozen",
-        "finetune",
-    )
+    stages: tuple[StageName, ...] = tuple(STAGE_CONFIGS)
     """Which models to train, in this order."""
 
 
 @dataclass
-class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
+class TuneConfig(AnyStageConfig):
     """Search a stage's settings with Optuna: a run for the study, a child run a trial, the best as an experiment.
 
     Examples:
@@ -213,7 +227,7 @@ class TuneConfig(FinetuneConfig, FrozenConfig, ClassicalConfig):
         stocktake tune --resume workspace/runs/tune-1a2b3c --trials 40
     """
 
-    stage: Literal["finetune", "frozen", "classical"] = "finetune"
+    stage: StageName = "finetune"
     """What is searched. All its settings that the space does not vary are the same for all trials."""
     space: str | None = None
     """YAML of the search space: a path, or the NAME of experiments/NAME.space.yaml. Default: the stage's own, for

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from stocktake import models
 from stocktake.errors import StocktakeError
 from stocktake.models.counting_model import CountingModel, ModelSpec
-from stocktake.models.majority import MajorityModel
-from stocktake.models.network import NetworkModel
-from stocktake.models.pca_svm import PcaSvmModel
 
 WEIGHTS = "model.safetensors"
 SPEC = "model.json"
-_KINDS: dict[str, type[CountingModel]] = {
-    "majority": MajorityModel,
-    "pca_svm": PcaSvmModel,
-    "network": NetworkModel,
-}
 
 
 def save_model(model: CountingModel, folder: Path) -> None:
@@ -46,8 +41,18 @@ def load_model(folder: Path) -> CountingModel:
             image_size=int(content["image_size"]),
             options=dict(content["options"]),
         )
-        model = _KINDS[spec.kind](spec)
+        model = _model_class(spec.kind)(spec)
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise StocktakeError(f"{folder} holds no model that can be loaded: {error}") from None
     return model.eval()
+
+
+def _model_class(kind: str) -> type[CountingModel]:
+    """The CountingModel of the module in this folder that has the kind's name."""
+    if kind in {module.name for module in pkgutil.iter_modules(models.__path__)}:
+        module = importlib.import_module(f"{models.__name__}.{kind}")
+        for member in vars(module).values():
+            if isinstance(member, type) and issubclass(member, CountingModel) and member.__module__ == module.__name__:
+                return member
+    raise ValueError(f"no model is of the kind {kind!r}")

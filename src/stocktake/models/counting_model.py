@@ -19,7 +19,7 @@ class ModelSpec:
     """All that is needed to build a model again, weights aside; written as JSON beside them."""
 
     kind: str
-    """majority, pca_svm or network."""
+    """The module in models/ that has its class: majority, pca_svm or network."""
     labels: tuple[int, ...]
     """The quantities that the logits stand for, ascending."""
     image_size: int

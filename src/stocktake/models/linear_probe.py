@@ -1,4 +1,4 @@
-"""Benchmark B: features of a frozen backbone, extracted once, and a linear head on them."""
+"""Features of a frozen backbone, extracted once, and a linear head on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmark A: always answer the most frequent quantity."""
+"""Always answer the most frequent quantity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backbone with a linear head: frozen (benchmark B) or trained whole."""
+"""A backbone with a linear head: frozen or trained whole."""
 
 from __future__ import annotations
 

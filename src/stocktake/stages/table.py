@@ -1,4 +1,4 @@
-"""The one table of stages. A new model is a file in models/, a file in this folder, and a row here.
+"""The one table of stages. A new model is a settings class, a file in models/, a file in this folder, and a row here.
 
 Importing it is cheap: a stage's libraries come when it trains.
 """
@@ -9,41 +9,39 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from stocktake.config.training import ClassicalConfig, FinetuneConfig, FrozenConfig, MajorityConfig
+from stocktake.config.runs import ImageConfig
+from stocktake.config.training import STAGE_CONFIGS
 
 if TYPE_CHECKING:
     from stocktake.models.counting_model import CountingModel
-
-StageConfig: TypeAlias = FinetuneConfig | FrozenConfig | ClassicalConfig
 
 
 @dataclass(frozen=True)
 class Stage:
     """A row of the table."""
 
-    config: type
-    """Its settings."""
+    config: type[ImageConfig]
+    """Its settings, by which its command is recognised: no other stage has the same class."""
     module: str
-    """Of stocktake.stages; has train(run, config, prepared, on_epoch), which gives the model that is best on val."""
-    command: str
-    """By which it is trained."""
+    """Of stocktake.stages; has train(run, config, prepared, should_stop), which gives the model that is best on val."""
     search_space: dict[str, Any] = field(default_factory=dict)
     """Of a search that is given none, as its YAML would hold it; empty: there is nothing to search."""
+    is_distributed: bool = False
+    """Whether torchrun may train it in several processes; such a run has the tag `stage: ddp`."""
 
     @property
     def train(self) -> Callable[..., CountingModel]:
-        """Train on the train split; on_epoch is told an epoch's figures and its number, and may end the training."""
+        """Train on the train split; should_stop gets each epoch's figures and number, and may end the training."""
         train: Callable[..., CountingModel] = importlib.import_module(f"stocktake.stages.{self.module}").train
         return train
 
 
 STAGES = {
-    "majority": Stage(MajorityConfig, "majority", "majority"),
+    "majority": Stage(STAGE_CONFIGS["majority"], "majority"),
     "classical": Stage(
-        ClassicalConfig,
-        "classical",
+        STAGE_CONFIGS["classical"],
         "classical",
         {
             "classical.c": {"type": "float", "low": 0.1, "high": 100.0, "log": True},
@@ -52,9 +50,8 @@ STAGES = {
         },
     ),
     "frozen": Stage(
-        FrozenConfig,
+        STAGE_CONFIGS["frozen"],
         "linear_probe",
-        "frozen",
         {
             "head.c": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True},
             "head.class_weight": {"choices": ["balanced", "none"]},
@@ -62,9 +59,8 @@ STAGES = {
         },
     ),
     "finetune": Stage(
-        FinetuneConfig,
+        STAGE_CONFIGS["finetune"],
         "finetune",
-        "train",
         {
             "lr": {"type": "float", "low": 1e-4, "high": 3e-3, "log": True},
             "weight_decay": {"type": "float", "low": 1e-3, "high": 0.3, "log": True},
@@ -72,18 +68,23 @@ STAGES = {
             "epochs": {"type": "int", "low": 4, "high": 10},
             "training.freeze_epochs": {"type": "int", "low": 0, "high": 2},
         },
+        is_distributed=True,
     ),
 }
 """By name, weakest first."""
 
 
-def stage_config(config: Any) -> StageConfig:
+def stage_of(config: ImageConfig) -> str:
+    """The stage whose settings these are."""
+    return next(name for name, stage in STAGES.items() if stage.config is type(config))
+
+
+def stage_config(config: Any) -> ImageConfig:
     """The config of the stage that is searched: what all trials have in common.
 
     Args:
         config: has a `stage`, and every setting of it.
     """
     kind = STAGES[config.stage].config
-    names = {one.name for one in dataclasses.fields(kind)} - {"resume"}
-    settings: StageConfig = kind(**{name: getattr(config, name) for name in names})
-    return settings
+    names = {field.name for field in dataclasses.fields(kind)} - {"resume"}
+    return kind(**{name: getattr(config, name) for name in names})

@@ -9,17 +9,16 @@ from stocktake.tracking.addresses import resolve
 from stocktake.tracking.connection import Connection
 from stocktake.tracking.leaderboard import search_runs
 
-_STAGES = {"finetune": ("finetune", "ddp")}
-"""Stages that are trained alike, by the first of them."""
 _SCORE = "metrics.val/macro_f1"
 
 
 def best_settings(
-    tracking: TrackingConfig, task: str, stage: str, limit: int = 200
+    tracking: TrackingConfig, task: str, stage: str, *, is_distributed: bool = False, limit: int = 200
 ) -> list[tuple[str, float, dict[str, str]]]:
     """Name, val/macro_f1 and params (texts) of the finished runs and trials of a stage on a task, the best first.
 
-    They come from the experiment of `tracking` alone; offline, there are none.
+    They come from the experiment of `tracking` alone; offline, there are none. Of a stage that may be distributed,
+    `ddp` runs count too.
 
     Raises:
         StocktakeError: the store cannot be used.
@@ -35,7 +34,9 @@ def best_settings(
     filter_string = f"tags.task = '{quoted}' AND attributes.status = 'FINISHED'"
     runs = search_runs(connection, [experiment.experiment_id], filter_string).convert_dtypes()
     runs = runs.reindex(columns=[*runs.columns.union([_SCORE, "tags.stage", "tags.trial.stage", "tags.trial.state"])])
-    of_stage = runs["tags.stage"].isin(_STAGES.get(stage, (stage,))) | (runs["tags.trial.stage"] == stage)
+    of_stage = runs["tags.stage"].isin([stage, "ddp"] if is_distributed else [stage]) | (
+        runs["tags.trial.stage"] == stage
+    )
     is_pruned = runs["tags.trial.state"] == "pruned"
     runs = runs[of_stage.fillna(False) & ~is_pruned.fillna(False) & runs[_SCORE].notna()]
     runs = runs.sort_values(_SCORE, ascending=False, kind="stable").head(limit)

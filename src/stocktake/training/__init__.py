@@ -1,1 +1,1 @@
-"""Floor 3: training a network: data, module, schedules, callbacks."""
+"""Training a network: data, module, schedules, callbacks."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from optuna.study import Study
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
+from stocktake.config.runs import ImageConfig
 from stocktake.config.yaml_io import BEST, write_experiment
 from stocktake.data.photos import prepare_photos
 from stocktake.errors import StocktakeError
 from stocktake.models.checkpoint import load_model
 from stocktake.stages.prepare import PreparedData
 from stocktake.stages.run import evaluate_and_log
-from stocktake.stages.table import STAGES, StageConfig
 from stocktake.tracking.runs import TrackedRun
 from stocktake.tuning.config_overrides import with_overrides
 from stocktake.tuning.plots import plot_study
@@ -41,14 +41,14 @@ def record_study(run: TrackedRun, spec: StudySpec, study: Study) -> None:
 def _write_trial(path: Path, spec: StudySpec, study: Study, trial: FrozenTrial) -> None:
     values = ", ".join(f"{name} {value:.4g}" for name, value in zip(spec.objectives, trial.values, strict=True))
     header = (
-        f"stocktake {STAGES[spec.stage].command} --experiment {shlex.quote(path.name)}",
+        f"stocktake {spec.stage} --experiment {shlex.quote(path.name)}",
         "",
         f"Trial {trial.number} of {spec.trials} in {study.study_name}: {values}.",
     )
     write_experiment(path, trial_config(spec, trial), header)
 
 
-def trial_config(spec: StudySpec, trial: FrozenTrial) -> StageConfig:
+def trial_config(spec: StudySpec, trial: FrozenTrial) -> ImageConfig:
     """What a finished trial was trained with."""
     return with_overrides(spec.config, spec.space.suggest(FixedTrial(trial.params, trial.number)))
 
@@ -97,6 +97,6 @@ def record_best(run: TrackedRun, spec: StudySpec, study: Study, prepared: Prepar
         f"val/macro_f1 {metrics['val/macro_f1']:.3f}, test/macro_f1 {metrics['test/macro_f1']:.3f} "
         f"[{metrics['test/macro_f1_low']:.3f}, {metrics['test/macro_f1_high']:.3f}], n {metrics['test/n']:.0f}"
     )
-    print(f"train it again: stocktake {STAGES[spec.stage].command} --experiment {run.artifacts / BEST}")
+    print(f"train it again: stocktake {spec.stage} --experiment {run.artifacts / BEST}")
     print(f"results on disk: {run.folder}", flush=True)
     return metrics

@@ -18,8 +18,10 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from stocktake.config.runs import ImageConfig
+from stocktake.config.training import TuneConfig
 from stocktake.errors import StocktakeError
-from stocktake.stages.table import STAGES, StageConfig
+from stocktake.stages.table import STAGES
 from stocktake.tuning.config_overrides import flat_settings, with_overrides
 from stocktake.tuning.space import Space, parse_space
 
@@ -28,6 +30,8 @@ OBJECTIVES = ("val/macro_f1", "latency_ms")
 _DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize")
 _STARTUP_TRIALS = 6
 """Trials drawn at random before TPE begins: Optuna's 10 would be half of a small study."""
+TRIALS = 20
+"""Of a search that is given no number."""
 _SPEC = "spec"
 _NOT_SHARED = ("tracking", "workspace", "resume")
 """Settings of a machine and a moment, which a study does not keep."""
@@ -49,7 +53,7 @@ class StudySpec:
     fingerprint: str
     """Of the data."""
     space: Space
-    config: StageConfig
+    config: ImageConfig
     """The settings that the space does not vary."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +64,7 @@ class StudySpec:
         return kept | {"space": self.space.to_dict(), "config": shared, "objectives": [*self.objectives]}
 
     @classmethod
-    def from_dict(cls, kept: Mapping[str, Any], config: StageConfig | None = None) -> StudySpec:
+    def from_dict(cls, kept: Mapping[str, Any], config: ImageConfig | None = None) -> StudySpec:
         """The spec of `to_dict`; settings that it does not keep come from `config`."""
         stage_config = with_overrides(config or STAGES[kept["stage"]].config(), kept["config"])
         space = parse_space(kept["space"], stage_config, "the study's space")
@@ -94,7 +98,7 @@ def create_study(storage: BaseStorage, name: str, spec: StudySpec) -> Study:
     return study
 
 
-def load_study(storage: BaseStorage, name: str, config: StageConfig | None = None) -> tuple[Study, StudySpec]:
+def load_study(storage: BaseStorage, name: str, config: ImageConfig | None = None) -> tuple[Study, StudySpec]:
     """A study that exists, and its spec with the machine's own settings from `config`.
 
     Raises:
@@ -130,6 +134,14 @@ def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of multivariate, constant_liar
         return TPESampler(n_startup_trials=_STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=derived)
+
+
+def choose_pruner(config: TuneConfig) -> str:
+    """The pruner of a study: asha, hyperband, median or none."""
+    if config.pruner != "auto":
+        return config.pruner
+    has_epochs = hasattr(STAGES[config.stage].config, "epochs")
+    return "asha" if has_epochs and len(config.objectives) == 1 else "none"
 
 
 def make_pruner(name: str, max_epochs: int) -> BasePruner:

@@ -15,6 +15,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import Trial
 
+from stocktake.config.runs import ImageConfig
 from stocktake.config.training import FinetuneConfig
 from stocktake.data.photos import prepare_photos
 from stocktake.errors import StocktakeError
@@ -24,7 +25,7 @@ from stocktake.models.export import export_model
 from stocktake.serving.predictor import Predictor
 from stocktake.stages.prepare import PreparedData
 from stocktake.stages.run import evaluate_split, log_config, run_tags, split_probabilities
-from stocktake.stages.table import STAGES, StageConfig
+from stocktake.stages.table import STAGES
 from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.training.checkpoints import find_checkpoint
 from stocktake.tuning.config_overrides import with_overrides
@@ -70,7 +71,7 @@ def run_trial(
 
 
 def _run(
-    trial: Trial, spec: StudySpec, config: StageConfig, parent: Path, prepared: PreparedData
+    trial: Trial, spec: StudySpec, config: ImageConfig, parent: Path, prepared: PreparedData
 ) -> tuple[float, ...] | optuna.TrialPruned:
     """The trial's child run: its values, or why it was pruned, which is no failure of the run."""
     earlier = parent.parent / str(trial.user_attrs.get("folder"))
@@ -100,7 +101,7 @@ def _run(
 def train_trial(
     run: TrackedRun,
     stage: str,
-    config: StageConfig,
+    config: ImageConfig,
     prepared: PreparedData,
     trial: Trial | None = None,
     objectives: tuple[str, ...] = OBJECTIVES[:1],
