@@ -344,7 +344,7 @@ def files_below(folder: Path) -> set[str]:
 def test_an_index_with_strange_values_is_refused_and_writes_nothing(good_set: Path, columns: dict[str, Any]) -> None:
     change_index(good_set, **columns)
     before = files_below(good_set.parent)
-    with pytest.raises(StocktakeError, match=f"--root {good_set}"):
+    with pytest.raises(StocktakeError, match=f"--root {good_set}: {INDEX}"):
         read(good_set)
     assert not any(Path(name).suffix in (".jpg", ".json") for name in files_below(good_set.parent) - before)
 

@@ -49,7 +49,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "src/stocktake/data/array_cache.py",
         "        arrays = np.empty((len(keys), *self.shape), dtype=self.dtype)\n",
         "        arrays = np.empty((len(keys), *self.shape), dtype=self.dtype)\n"
-        "        self._map = vars(self).get('_map') or __import__('mmap').mmap(open(self.path).fileno(), 0, access=1)\n"
+        "        import os\n"
+        "        self._map = vars(self).get('_map') or __import__('mmap').mmap(os.open(self.path, 0), 0, access=1)\n"
         "        self._map[-1]\n",
         ("tests/data/test_array_cache.py::test_a_file_that_is_cut_while_it_is_read_is_one_error",),
     ),
@@ -99,7 +100,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "temporary names by process id",
         "src/stocktake/files.py",
         "{uuid.uuid4().hex}",
-        "{__import__('os').getpid()}-{len([*path.parent.iterdir()])}",
+        "{__import__('os').getpid()}",
         ("tests/test_files.py::test_two_containers_on_one_disk_do_not_share_a_temporary",),
     ),
     Mutant(

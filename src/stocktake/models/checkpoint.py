@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from stocktake import models
 from stocktake.errors import StocktakeError
+from stocktake.files import atomic_path, atomic_write
 from stocktake.models.counting_model import CountingModel, ModelSpec
 
 WEIGHTS = "model.safetensors"
@@ -19,12 +20,10 @@ SPEC = "model.json"
 
 
 def save_model(model: CountingModel, folder: Path) -> None:
-    """Write model.safetensors and model.json; each beside and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous().cpu() for key, value in model.state_dict().items()}, folder / f"{WEIGHTS}.part")
-    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
-    (folder / f"{SPEC}.part").write_text(json.dumps(model.spec.to_json(), indent=2))
-    (folder / f"{SPEC}.part").replace(folder / SPEC)
+    """Write model.safetensors and model.json."""
+    with atomic_path(folder / WEIGHTS) as temporary:
+        save_file({key: value.contiguous().cpu() for key, value in model.state_dict().items()}, temporary)
+    atomic_write(folder / SPEC, json.dumps(model.spec.to_json(), indent=2))
 
 
 def load_model(folder: Path) -> CountingModel:
