@@ -70,11 +70,21 @@ def test_streams_are_not_listed_while_lines_come(proxy: FaultyAws, emulator: Emu
     assert proxy.counts()["DescribeLogStreams"] == 1
 
 
-def test_a_job_where_nothing_happens_is_polled_less_and_less(proxy: FaultyAws, emulator: EmulatedAws) -> None:
-    emulator.train("silent", "sleep 4")
+def test_a_job_where_nothing_happens_is_polled_less_and_less(
+    proxy: FaultyAws, emulator: EmulatedAws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        time.sleep(0.05)
+
+    monkeypatch.setattr("stocktake.aws.logs.time", SimpleNamespace(sleep=sleep))
+    emulator.train("silent", "sleep 3")
     follow_training_job(Aws(), "silent", poll_seconds=0.1)
-    assert proxy.counts()["DescribeTrainingJob"] < 25
-    assert proxy.counts()["DescribeLogStreams"] < 25
+    silent = [pause for pause in pauses if pause > 0.1]
+    assert silent == sorted(silent)
+    assert silent[-1] > 1
 
 
 def test_lines_of_two_instances_have_their_names_and_no_control_characters(

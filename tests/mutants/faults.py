@@ -36,11 +36,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "checks saved at the end",
         "src/stocktake/data/checks.py",
-        "            with transaction(memory, _TABLE) as connection:\n"
+        "            with transaction(path, _TABLE) as connection:\n"
         "                connection.executemany(_INSERT, [row for row, _ in results])\n",
         "            rows = [*(rows if begin else []), *(row for row, _ in results)]\n"
         "            if begin + _CHUNK >= len(unchecked):\n"
-        "                with transaction(memory, _TABLE) as connection:\n"
+        "                with transaction(path, _TABLE) as connection:\n"
         "                    connection.executemany(_INSERT, rows)\n",
         ("tests/data/test_manifest.py::test_checks_are_saved_as_they_are_made",),
     ),
@@ -70,7 +70,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "damaged checks end the run",
-        "src/stocktake/data/checks.py",
+        "src/stocktake/data/sqlite_file.py",
         "    except DamagedFileError:\n",
         "    except ZeroDivisionError:\n",
         ("tests/data/test_manifest.py::test_damaged_checks_are_made_again",),

@@ -8,10 +8,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a published set's fingerprint is a path",
         "src/stocktake/data/publish.py",
-        'into = folder / f"published-{hashlib.sha256(index_data).hexdigest()[:16]}"',
+        'target = folder / f"published-{hashlib.sha256(index_data).hexdigest()[:16]}"',
         "import pyarrow.parquet as pq\n"
         "    schema = pq.ParquetFile(io.BytesIO(index_data)).schema_arrow\n"
-        '    into = folder / json.loads(schema.metadata[_METADATA])["fingerprint"]',
+        '    target = folder / json.loads(schema.metadata[_METADATA])["fingerprint"]',
         ("tests/data/test_publish.py::test_a_fingerprint_is_no_path",),
     ),
     Mutant(
@@ -36,18 +36,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/data/test_publish.py::test_an_index_with_strange_values_is_refused_and_writes_nothing",),
     ),
     Mutant(
-        "a published shard is a device",
-        "src/stocktake/data/publish.py",
-        "if not path.is_file() or path.stat()",
-        "if not path.exists() or path.stat()",
-        ("tests/data/test_publish.py::test_a_shard_that_is_not_as_published_is_refused",),
-    ),
-    Mutant(
         "gzip bomb as a shard",
         "src/stocktake/data/publish.py",
-        'tarfile.open(shard, "r:")',
-        'tarfile.open(shard, "r:*")',
-        ("tests/data/test_publish.py::test_a_compressed_shard_is_refused",),
+        'mode="r:")',
+        'mode="r:*")',
+        ("tests/data/test_publish.py::test_what_is_no_tar_of_the_bins_is_refused",),
     ),
     Mutant(
         "an index as large as it likes",
@@ -61,7 +54,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "src/stocktake/data/publish.py",
         " or member.size > limit:",
         ":",
-        ("tests/data/test_publish.py::test_a_member_larger_than_any_photo_is_refused_before_it_is_read",),
+        ("tests/data/test_publish.py::test_a_member_that_is_no_photo_or_record_of_the_index_is_refused",),
     ),
     Mutant(
         "an index without a column is a KeyError",
@@ -82,7 +75,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "src/stocktake/data/publish.py",
         "if member.isreg() and not member.issparse() else None",
         "if not member.isdir() else None",
-        ("tests/data/test_publish.py::test_a_photo_that_is_no_regular_file_is_refused",),
+        ("tests/data/test_publish.py::test_a_member_that_is_no_photo_or_record_of_the_index_is_refused",),
     ),
     Mutant(
         "--storage with a password",
