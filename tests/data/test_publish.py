@@ -332,6 +332,7 @@ def files_below(folder: Path) -> set[str]:
         {"split": "holdout"},
         {"shard": "/dev/zero"},
         {"shard": "../train-000000.tar"},
+        {"shard": "train-/../../../x.tar", "split": "train"},
         {"shard": "train-000000.tar\n"},
         {"shard_sha256": "../../../x"},
         {"shard_sha256": "f" * 64},

@@ -186,7 +186,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "CORS for every origin",
         "src/sagemaker_local/__init__.py",
         'os.environ["MOTO_DISABLE_GLOBAL_CORS"] = "true"',
-        'os.environ["MOTO_DISABLE_GLOBAL_CORS"] = "false"',
+        'os.environ["MOTO_DISABLE_GLOBAL_CORS"] = ""',
         ("tests/sagemaker_local/test_authentication.py::test_a_request_of_a_web_page_is_refused_even_if_it_is_signed",),
     ),
     Mutant(
@@ -206,8 +206,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "unsigned requests",
         "src/sagemaker_local/authentication.py",
-        "elif key is None:",
-        "elif key == 0:",
+        'if "HTTP_ORIGIN" in environ:',
+        "if key is None:\n            return self._application(environ, start_response)\n"
+        '        if "HTTP_ORIGIN" in environ:',
         ("tests/sagemaker_local/test_authentication.py::test_unsigned_calls_and_unknown_keys_are_refused",),
     ),
     Mutant(
