@@ -168,10 +168,19 @@ for key in ("stocktake/jobs/mine", "stocktake/checkpoints/mine", "stocktake/code
         print(key, "written")
     except botocore.exceptions.ClientError as error:
         print(key, error.response["Error"]["Code"])
+for stream in ("stocktake-mine/algo-1", "theirs/algo-1"):
+    try:
+        place = {"logGroupName": "/aws/sagemaker/TrainingJobs", "logStreamName": stream}
+        boto3.client("logs").create_log_stream(**place)
+        print(stream, "written")
+    except botocore.exceptions.ClientError as error:
+        print(stream, error.response["Error"]["Code"])
 """
     variables = {"BUCKET": emulator.bucket}
     emulator.train("as-role", script, program="python", RoleArn=rights.role, Environment=variables)
     assert emulator.ended("as-role")["TrainingJobStatus"] == "Completed"
     who, *written = emulator.log("as-role/")
     assert ":assumed-role/stocktake-job/" in who
-    assert [line.split()[-1] for line in written] == ["written", "written", "AccessDenied", "AccessDenied"]
+    objects, streams = [line.split()[-1] for line in written[:4]], [line.split()[-1] for line in written[4:]]
+    assert objects == ["written", "written", "AccessDenied", "AccessDenied"]
+    assert streams == ["written", "AccessDeniedException"]

@@ -34,6 +34,22 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/data/test_manifest.py::test_the_largest_group_is_reported",),
     ),
     Mutant(
+        "grouped after the task",
+        "src/stocktake/data/manifest.py",
+        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        '    usable = usable[usable["quantity"].isin(labels)].reset_index(drop=True)\n'
+        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        ("tests/data/test_manifest.py::test_a_split_does_not_depend_on_the_limit_nor_on_the_task",),
+    ),
+    Mutant(
+        "grouped after the limit",
+        "src/stocktake/data/manifest.py",
+        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        "    usable = usable[: config.limit].reset_index(drop=True)\n"
+        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        ("tests/data/test_manifest.py::test_a_split_does_not_depend_on_the_limit_nor_on_the_task",),
+    ),
+    Mutant(
         "checks saved at the end",
         "src/stocktake/data/checks.py",
         "            with transaction(path, _TABLE) as connection:\n"
@@ -138,6 +154,13 @@ MUTANTS: tuple[Mutant, ...] = (
         'load_state_dict({**state_dict, "patience": self.patience})',
         "load_state_dict(state_dict)",
         ("tests/training/test_fit.py::test_patience_counts_on_when_resumed",),
+    ),
+    Mutant(
+        "a job's error is what followed from it",
+        "src/stocktake/commands/ddp.py",
+        "rank = min(failures, key=order)",
+        "rank = min(failures)",
+        ("tests/commands/test_ddp.py::test_the_first_failure_is_named_and_not_what_follows",),
     ),
     Mutant(
         "failed job leaves its run RUNNING",

@@ -176,6 +176,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/aws/test_policies.py::test_what_the_policies_do_not_name_is_refused",),
     ),
     Mutant(
+        "a job writes other jobs' logs",
+        "deploy/policies/job.json",
+        "log-stream:stocktake-*",
+        "*",
+        ("tests/aws/test_policies.py::test_a_container_acts_as_its_role",),
+    ),
+    Mutant(
         "a job writes other jobs' code",
         "deploy/policies/job.json",
         '"arn:aws:s3:::BUCKET/stocktake/jobs/*"',

@@ -85,6 +85,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/tuning/test_storage.py::test_a_password_on_the_command_line_is_refused_without_being_shown",),
     ),
     Mutant(
+        "a database's password in config.yaml",
+        "src/stocktake/commands/tune.py",
+        "        log_config(run, config, TuneConfig, prepared.manifest)\n",
+        "        config.storage = url\n        log_config(run, config, TuneConfig, prepared.manifest)\n",
+        ("tests/commands/test_tune.py::test_two_machines_share_a_study_and_nobody_sees_its_password",),
+    ),
+    Mutant(
         "a database's password in an error",
         "src/stocktake/tuning/storage.py",
         "return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()",
