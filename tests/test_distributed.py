@@ -118,6 +118,7 @@ def _collectives() -> dict[str, Any]:
         "broadcast": distributed.broadcast(world.rank),
         "gather": distributed.gather(world.rank * 10),
         "waited": done - began > 0.25,
+        "interface": psutil.net_if_addrs()[os.environ["GLOO_SOCKET_IFNAME"]],
         "gloo": {laddr.ip for laddr in listening if laddr.port != int(os.environ["MASTER_PORT"])},
     }
 
@@ -131,4 +132,5 @@ def test_collectives_of_two_processes(pair: ProcessGroup) -> None:
     expected = {"on rank zero": "of 0", "broadcast": 0, "gather": [0, 10], "waited": True}
     for result in results:
         assert result.pop("gloo") <= {"127.0.0.1"}, "one machine's processes talk through the loopback"
+        assert "127.0.0.1" in {address.address for address in result.pop("interface")}, "whatever its name resolves to"
         assert result == expected

@@ -181,7 +181,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "src/stocktake/distributed.py",
         "            os.environ.update(dict.fromkeys(variables, name))\n",
         "            pass\n",
-        ("tests/commands/test_ddp.py::test_sigterm_ends_all_processes_and_nothing_listens_beyond_the_loopback",),
+        ("tests/test_distributed.py::test_collectives_of_two_processes",),
     ),
     Mutant(
         "calibrated twice",

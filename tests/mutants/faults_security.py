@@ -60,7 +60,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an index without a column is a KeyError",
         "src/stocktake/data/publish.py",
         "(pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError)",
-        "(OSError, RecursionError)",
+        "(pa.ArrowException, OSError, ValueError, TypeError, RecursionError)",
         ("tests/data/test_publish.py::test_what_is_no_index_is_one_error",),
     ),
     Mutant(
