@@ -80,7 +80,7 @@ class Account:
 
     def settings(self, *, seconds: int = 0, **changes: Any) -> dict[str, Any]:
         python = self.folder / f"python-{seconds}"
-        python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || {{ echo started; exec sleep {seconds}; }}\n')
+        python.write_text(f'#!/bin/sh\n[ "$2" = -c ] || {{ echo started; exec sleep {seconds}; }}\n')
         python.chmod(0o755)
         bucket = f"s3://{self.emulator.bucket}/stocktake"
         environment = {"STOCKTAKE_PYTHON": str(python)}

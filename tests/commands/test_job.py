@@ -150,6 +150,15 @@ def test_no_container_is_said(stocktake: Callable[..., Any], tmp_path: Path) -> 
     assert "`stocktake job` is for training containers" in ended.err
 
 
+def test_a_container_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "stocktake.py").write_text(f"open({str(tmp_path / 'attacked')!r}, 'w')")
+    variables = os.environ | {"SAGEMAKER_BASE_DIR": str(tmp_path / "ml"), "STOCKTAKE_PYTHON": sys.executable}
+    command = ["sh", str(Path(__file__).parents[2] / "deploy" / "start_job.sh")]
+    ended = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert not (tmp_path / "attacked").exists()
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), "there is no job in the folder"
+
+
 def test_as_many_instances_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     resources = {"current_host": "algo-10", "hosts": ["algo-10", "algo-2", "algo-1"], "network_interface_name": "eth0"}
     instances = read_instances(resources)

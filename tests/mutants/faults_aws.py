@@ -120,6 +120,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/aws/test_submission.py::test_from_python_it_returns_at_once_and_the_bucket_must_have_its_owner",),
     ),
     Mutant(
+        "a job imports from the current folder",
+        "deploy/start_job.sh",
+        'exec "$python" -P -m',
+        'exec "$python" -m',
+        ("tests/commands/test_job.py::test_a_container_imports_nothing_from_the_current_folder",),
+    ),
+    Mutant(
         "the training image's context lacks a file",
         "deploy/images/training/Dockerfile.dockerignore",
         "!deploy/images/training/train\n",
