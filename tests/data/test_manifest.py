@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,6 +300,119 @@ def test_snapshots_stay_together_unless_split_by_id(config: BinsConfig, write_bi
     by_id = build_manifest(dataclasses.replace(config, split=SplitConfig(by="id"))).bins
     assert (by_id["group"] == grouped["group"]).all()
     assert (by_id.groupby("group")["split"].nunique() > 1).any()
+
+
+def test_splits_are_remembered_as_a_root_changes(config: BinsConfig, write_bin: Callable[..., None]) -> None:
+    """A smaller id that joins each bin, and a bin between two groups of different splits."""
+    before = build_manifest(config).bins.set_index("id")["split"]
+    for number in range(1, 41):
+        write_bin(root_of(config), f"{number:05d}"[1:], 2, items=[f"item-{number:05d}"])
+    assert all(build_manifest(config).bins.set_index("id")["split"][before.index] == before)
+    in_train, in_test = (before.index[before == split][0] for split in ("train", "test"))
+    write_bin(root_of(config), "90000", 2, items=[f"item-{in_train}", f"item-{in_test}"])
+    joined = build_manifest(config)
+    assert (joined.conflicts.groups, joined.conflicts.bins) == (1, 2)
+    splits = joined.bins.set_index("id")["split"]
+    assert splits[in_test] == splits["90000"] == "train"
+    again = build_manifest(config)
+    assert (again.fingerprint, again.conflicts.groups) == (joined.fingerprint, 0)
+
+
+def test_splits_of_a_list_are_kept_in_the_whole_root(
+    config: BinsConfig, write_bin: Callable[..., None], tmp_path: Path
+) -> None:
+    """The list draws a group by another first id than the whole root would."""
+    for number in range(1, 41):
+        write_bin(root_of(config), f"{number:05d}b", 2, items=[f"item-{number:05d}"])
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([f"{number:05d}b" for number in range(1, 41)]))
+    listed = build_manifest(dataclasses.replace(config, list=str(path))).bins.set_index("id")["split"]
+    assert all(build_manifest(config).bins.set_index("id")["split"][listed.index] == listed)
+
+
+def test_other_settings_have_a_memory_of_their_own(config: BinsConfig) -> None:
+    first = build_manifest(config)
+    other = build_manifest(dataclasses.replace(config, split=SplitConfig(seed=1)))
+    assert other.fingerprint != first.fingerprint
+    assert build_manifest(config).fingerprint == first.fingerprint
+    assert len(list(first.folder.glob("splits-*.parquet"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped", "moved", "twice"])
+def test_a_damaged_memory_is_named_and_never_overwritten(config: BinsConfig, damage: str, tmp_path: Path) -> None:
+    first = build_manifest(config)
+    (memory,) = first.folder.glob("splits-*.parquet")
+    good = memory.read_bytes()
+    kept = tmp_path / "splits.parquet"
+    kept.write_bytes(good)
+    table = pd.read_parquet(memory)
+    if damage in ("moved", "twice"):
+        table = table.replace("test", "holdout") if damage == "moved" else pd.concat([table, table])
+        table.to_parquet(memory)
+    else:
+        flipped = good[:60] + bytes([good[60] ^ 16]) + good[61:]
+        memory.write_bytes({"empty": b"", "half": good[: len(good) // 2], "flipped": flipped}[damage])
+    damaged = memory.read_bytes()
+    for _ in range(2):
+        with pytest.raises(StocktakeError, match=re.escape(str(memory))):
+            build_manifest(config)
+    assert memory.read_bytes() == damaged
+    assert build_manifest(dataclasses.replace(config, split=SplitConfig(like=str(kept)))).fingerprint == (
+        first.fingerprint
+    )
+    shutil.copy(kept, memory)
+    assert build_manifest(config).fingerprint == first.fingerprint
+
+
+def test_a_split_like_another_one_goes_on_from_it(
+    config: BinsConfig, write_bin: Callable[..., None], tmp_path: Path
+) -> None:
+    """The same bins, at another place and in another workspace, and then more of them."""
+    kept = tmp_path / "splits.parquet"
+    other = build_manifest(dataclasses.replace(config, split=SplitConfig(seed=7)))
+    other.bins[["id", "split"]].to_parquet(kept)
+    alike = dataclasses.replace(config, workspace=str(tmp_path / "w2"), split=SplitConfig(like=str(kept)))
+    assert build_manifest(alike).fingerprint == other.fingerprint
+    write_bin(root_of(config), "00000", 1, items=["item-00001"])
+    write_bin(root_of(config), "90000", 1)
+    write_bin(root_of(config), "0", 1, items=["item-90000"])
+    grown = build_manifest(alike).bins.set_index("id")["split"]
+    assert all(grown[other.bins["id"]].to_numpy() == other.bins["split"])
+    assert grown["90000"] == grown["0"]
+    assert build_manifest(config).fingerprint != build_manifest(alike).fingerprint  # drawn without it
+
+
+@pytest.mark.parametrize("content", [None, b"id,split\n1,train\n"])
+def test_a_file_of_no_splits_is_named(config: BinsConfig, content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "like.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StocktakeError, match=re.escape(f"--split.like {path}")):
+        build_manifest(dataclasses.replace(config, split=SplitConfig(like=str(path))))
+
+
+def test_two_processes_that_draw_at_once_forget_nothing(config: BinsConfig) -> None:
+    """Each knows bins that the other does not list."""
+    ids = [f"{number:05d}" for number in range(1, 41)]
+    lists = [root_of(config).parent / f"list-{name}.json" for name in ("a", "b")]
+    for path, half in zip(lists, (ids[:20], ids[20:]), strict=True):
+        path.write_text(json.dumps(half))
+    threads = [
+        threading.Thread(target=build_manifest, args=(dataclasses.replace(config, list=str(path)),)) for path in lists
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (memory,) = build_manifest(dataclasses.replace(config, list=str(lists[0]))).folder.glob("splits-*.parquet")
+    assert pd.read_parquet(memory)["id"].tolist() == ids
+
+
+def test_a_root_may_be_all_test(config: BinsConfig) -> None:
+    manifest = build_manifest(dataclasses.replace(config, split=SplitConfig(fractions=(0, 0, 1))))
+    assert set(manifest.bins["split"]) == {"test"}
+    with pytest.raises(StocktakeError, match=r"train split of .* is empty"):
+        manifest.require_train_classes()
 
 
 def test_the_same_photo_under_two_records_is_one_group(config: BinsConfig, write_bin: Callable[..., None]) -> None:

@@ -25,7 +25,7 @@ def data(config: DataConfig) -> dict[str, float]:
     """Build the manifest and print what is in it.
 
     Returns:
-        Counts: bins, rejected, out_of_range, largest_group, and one a split.
+        Counts: bins, rejected, out_of_range, largest_group, conflicts (groups), and one a split.
     """
     publish_to = S3Address.parse(config.publish, "--publish") if config.publish is not None else None
     manifest = build_manifest(config)
@@ -44,6 +44,7 @@ def data(config: DataConfig) -> dict[str, float]:
         "rejected": float(len(manifest.rejected)),
         "out_of_range": float(manifest.out_of_range),
         "largest_group": float(manifest.largest_group),
+        "conflicts": float(manifest.conflicts.groups),
         **{str(split): float(n) for split, n in manifest.counts().sum().items()},
     }
 
@@ -52,7 +53,9 @@ def _print_summary(manifest: Manifest, config: DataConfig) -> None:
     counts = manifest.counts()
     table = counts.assign(all=counts.sum(axis=1))
     table.loc["all"] = table.sum()
-    print(f"bins of task {config.task} in {manifest.source.root}, by quantity and split ({config.split.by}):\n")
+    print(
+        f"bins of task {config.task} in {manifest.source.root}, by quantity and split ({manifest.split_config.by}):\n"
+    )
     rows = [
         {"quantity": str(label), **dict(zip(map(str, table), row.tolist(), strict=True))}
         for label, row in table.iterrows()
@@ -78,7 +81,9 @@ def _print_summary(manifest: Manifest, config: DataConfig) -> None:
         if len(manifest.rejected) > _SHOWN:
             print(f"  ... and {len(manifest.rejected) - _SHOWN} more")
     if manifest.source.published_splits() is not None:
-        print("splits are the publisher's, whatever --split says")
+        print("splits are the publisher's")
+    if manifest.conflicts.groups:
+        print(f"warning: {manifest.conflicts}")
     print(f"manifest: {manifest.folder / 'manifest.parquet'} (data fingerprint {manifest.fingerprint})")
 
 

@@ -24,7 +24,7 @@ def eda(config: EdaConfig) -> dict[str, float]:
     root, fingerprint = manifest.source.root, manifest.fingerprint
     tags = {"stage": "eda", "task": config.task, "data.root": root, "data.fingerprint": fingerprint}
     with start_run(config.tracking, workspace=Path(config.workspace), name="eda", tags=tags) as run:
-        run.log_params({"task": config.task, "seed": config.seed, "split.by": config.split.by})
+        run.log_params({"task": config.task, "seed": config.seed, "split.by": manifest.split_config.by})
         counts = {str(split): int(count) for split, count in manifest.counts().sum().items()}
         run.log_dataset(DatasetRecord("bins", fingerprint, root, rows=len(manifest.bins), profile=counts), "eda")
         exploration = explore(manifest, seed=config.seed, near=config.split.near_duplicate_distance)

@@ -10,12 +10,16 @@ from stocktake.config.settings import Settings
 
 @dataclass
 class SplitConfig(Settings):
-    """How bins are divided into train, val and test."""
+    """How bins are divided into train, val and test.
+
+    The workspace remembers which bins of a root went where: a root that grows keeps their splits. A published set
+    has settings of its own: an option left at its default takes the set's, another value is refused.
+    """
 
     by: Literal["group", "id"] = "group"
     """group: all snapshots of one bin stay together. id: the plain random split of published figures."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Shares of train, val and test; they sum to 1."""
+    """Shares of train, val and test; they sum to 1. A share may be 0: [0,0,1] for a root to evaluate on only."""
     seed: int = 0
     """Changes which bins fall into which split; any whole number."""
     near_duplicate_distance: Annotated[int, Field(ge=0, le=16)] = 4
@@ -24,6 +28,9 @@ class SplitConfig(Settings):
     common_item: Annotated[int, Field(ge=1)] = 100
     """An item that more bins than this record says nothing about which bin it is in: records that share only such
     items are not taken for snapshots of one bin."""
+    like: str | None = None
+    """Give bins the split that they had in an earlier run: its id, its name in the experiment or its folder; or in a
+    Parquet file with the columns id and split, such as a run's splits.parquet. Other bins are drawn as ever."""
 
 
 @dataclass

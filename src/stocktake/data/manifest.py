@@ -9,12 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
-from stocktake.config.data import BinsConfig
+from stocktake.config.data import BinsConfig, SplitConfig
 from stocktake.data.checks import PhotoStore, check_bins
+from stocktake.data.ids_by_split import SplitMemory
 from stocktake.data.photos import photo_cache
 from stocktake.data.sources import Source, open_source, read_id_list, source_key
-from stocktake.data.splits import SPLITS, Split, check_fractions, decide_splits
+from stocktake.data.splits import (
+    SPLITS,
+    Conflicts,
+    Split,
+    assign_splits,
+    check_fractions,
+    group_bins,
+    published_config,
+)
 from stocktake.data.task import parse_task
 from stocktake.errors import StocktakeError
 from stocktake.files import atomic_path
@@ -38,6 +48,10 @@ class Manifest:
     labels: tuple[int, ...]
     """The quantities of the task, ascending."""
     source: Source
+    split_config: SplitConfig
+    """By which the splits were decided: the config's or, of a published set, the set's."""
+    conflicts: Conflicts
+    """Groups whose bins had different splits before."""
     fingerprint: str
     """Same ids, photos, quantities and splits: same fingerprint."""
     folder: Path
@@ -60,13 +74,13 @@ class Manifest:
     def require_train_classes(self) -> None:
         """Raises StocktakeError when a quantity has no bin to learn from, or a split has no bin at all."""
         counts = self.counts()
+        empty = [name for name in SPLITS if counts[name].sum() == 0]
         unseen = [label for label in self.labels if counts.loc[label, "train"] == 0]
-        if unseen:
+        if unseen and "train" not in empty:
             raise StocktakeError(
                 f"quantity {', '.join(map(str, unseen))} has no bin in the train split of {self.source.root}: "
                 "add bins, narrow --task, or change --split.seed"
             )
-        empty = [name for name in SPLITS if counts[name].sum() == 0]
         if empty:
             raise StocktakeError(
                 f"the {empty[0]} split of {self.source.root} is empty ({len(self.bins)} bins in all): "
@@ -78,7 +92,8 @@ def build_manifest(config: BinsConfig, photo_size: int | None = None) -> Manifes
     """Check every photo and record, group the snapshots, assign splits; a second call looks at what changed only.
 
     With no root, the synthetic one is made first. All bins of the root (or of --list) are grouped before those of the
-    task, and the first of --limit, are taken: a bin's split does not depend on either.
+    task, and the first of --limit, are taken: a bin's split does not depend on either. The splits are remembered
+    beside the manifest: a bin that has one keeps it.
 
     Args:
         config: which bins, and how they are split.
@@ -86,7 +101,8 @@ def build_manifest(config: BinsConfig, photo_size: int | None = None) -> Manifes
             their check.
 
     Raises:
-        StocktakeError: root or list unusable, a task that matches nothing, an unwritable workspace.
+        StocktakeError: root or list unusable, a task that matches nothing, an unwritable workspace, a damaged memory
+            of the splits, or splits that a published set does not have.
     """
     labels = parse_task(config.task)
     check_fractions(config.split.fractions)
@@ -112,7 +128,7 @@ def build_manifest(config: BinsConfig, photo_size: int | None = None) -> Manifes
             f"the first because of {first['file']}: {first['reason']}"
         )
     usable["quantity"] = usable["quantity"].astype("int64")
-    usable = decide_splits(usable, config.split, source.published_splits())
+    usable, split_config, conflicts = _decide_splits(usable, config, source, folder)
     bins, rejected = usable[usable["quantity"].isin(labels)], checked.loc[checked["reason"] != ""]
     if bins.empty:
         raise StocktakeError(
@@ -132,6 +148,8 @@ def build_manifest(config: BinsConfig, photo_size: int | None = None) -> Manifes
         largest_group=int(usable["group"].value_counts().iloc[0]),
         labels=labels,
         source=source,
+        split_config=split_config,
+        conflicts=conflicts,
         fingerprint=_fingerprint(bins, labels),
         folder=folder,
     )
@@ -141,6 +159,22 @@ def build_manifest(config: BinsConfig, photo_size: int | None = None) -> Manifes
         with atomic_path(folder / "rejected.csv") as temporary:
             manifest.rejected.to_csv(temporary, index=False)
     return manifest
+
+
+def _decide_splits(
+    bins: pd.DataFrame, config: BinsConfig, source: Source, folder: Path
+) -> tuple[pd.DataFrame, SplitConfig, Conflicts]:
+    """The bins with the columns `group` and `split`, the settings that decided them, and the conflicts."""
+    published = source.published_splits()
+    if published is not None:
+        split_config = published_config(config.split, published.config, source.root)
+        return bins.merge(published.bins, on="id", how="left", validate="one_to_one"), split_config, Conflicts()
+    bins = group_bins(bins, config.split)
+    with _writing_to(config.workspace), FileLock(folder / "splits.lock"):
+        memory = SplitMemory(folder, config.split)
+        bins, conflicts = assign_splits(bins, config.split, memory.splits)
+        memory.remember(bins)
+    return bins, config.split, conflicts
 
 
 def synthetic_root(config: BinsConfig) -> Path:

@@ -10,6 +10,7 @@ becomes a path before it is checked.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,10 +25,12 @@ import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
 
+from stocktake.config.data import SplitConfig
+from stocktake.config.parser import read_settings
 from stocktake.data.images import LARGEST_FILE
 from stocktake.data.record import LARGEST_RECORD
 from stocktake.data.s3_client import Bucket
-from stocktake.data.sources import ID, Source, source_key
+from stocktake.data.sources import ID, PublishedSplits, Source, source_key
 from stocktake.data.splits import SPLITS
 from stocktake.data.task import parse_task
 from stocktake.errors import StocktakeError
@@ -61,17 +64,18 @@ _TAR_OVERHEAD = 2 * 1024
 class PublishedSource(Source):
     """The unpacked bins of a published set, with the publisher's splits."""
 
-    def __init__(self, folder: Path, root: str, index: pd.DataFrame) -> None:
+    def __init__(self, folder: Path, root: str, index: pd.DataFrame, split: SplitConfig) -> None:
         super().__init__(folder, root)
         self._index = index
+        self._split = split
 
     def ids(self) -> list[str]:
         """Every published id, sorted."""
         return [str(bin_id) for bin_id in self._index["id"]]
 
-    def published_splits(self) -> pd.DataFrame:
-        """id, group and split as published."""
-        return self._index[["id", "group", "split"]]
+    def published_splits(self) -> PublishedSplits:
+        """Groups and splits as published."""
+        return PublishedSplits(self._index[["id", "group", "split"]], self._split)
 
 
 # Publishing -----------------------------------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ def publish(manifest: Manifest, bucket: Bucket, config: DataConfig) -> tuple[int
         "task": config.task,
         "fingerprint": manifest.fingerprint,
         "source": manifest.source.root,
-        "split": {**vars(config.split), "fractions": list(config.split.fractions)},
+        "split": vars(dataclasses.replace(manifest.split_config, like=None)),  # a file or run of the publisher's
     }
     bucket.put(INDEX, _to_parquet(index, about))
     return len(shards), sum(size for _, size, _ in uploaded), sum(is_new for _, _, is_new in uploaded)
@@ -214,7 +218,7 @@ def _open(
         labels: of the task.
         read: the content of a shard by its name, refused when it is larger than a limit in bytes.
     """
-    index, task = read_index(index_data, root)
+    index, task, split = read_index(index_data, root)
     if not set(labels) <= set(parse_task(task)):
         raise StocktakeError(
             f"--task {labels[0]}-{labels[-1]}: {root} was published with --task {task}, and holds no other bins"
@@ -238,11 +242,11 @@ def _open(
     with ThreadPoolExecutor(_AT_A_TIME) as threads:
         unpacked = threads.map(unpack_shard, shards["shard"], shards["shard_sha256"])
         list(tqdm(unpacked, desc="unpacking shards", total=len(shards), disable=None))
-    return PublishedSource(target, root, index)
+    return PublishedSource(target, root, index, split)
 
 
-def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str]:
-    """The rows of a published set's index (id, group, split, shard, shard_sha256; sorted by id), and its task.
+def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str, SplitConfig]:
+    """The rows of a published set's index (id, group, split, shard, shard_sha256; sorted by id), its task, its splits.
 
     Raises:
         StocktakeError: it is no such index, or a name in it is not as `publish` writes it.
@@ -262,6 +266,7 @@ def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str]:
         if about["format"] != _FORMAT:
             raise refused(f"has format {about['format']!r}: publish the set again")
         index, task = file.read(list(_PATTERNS)).to_pandas(), str(about["task"])
+        split = read_settings(SplitConfig, about["split"], f"--root {root}: {INDEX}")
         for column, pattern in _PATTERNS.items():
             for value in index[column].unique():
                 if not isinstance(value, str) or not pattern.fullmatch(value):
@@ -278,7 +283,7 @@ def read_index(data: bytes, root: str) -> tuple[pd.DataFrame, str]:
         parse_task(task)
     except StocktakeError as error:
         raise refused(f"is of no task: {error}") from None
-    return index.sort_values("id", ignore_index=True), task
+    return index.sort_values("id", ignore_index=True), task, split
 
 
 def unpack(shard: bytes, folder: Path, ids: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,19 @@ from stocktake.errors import StocktakeError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stocktake.config.data import BinsConfig
+    from stocktake.config.data import BinsConfig, SplitConfig
 
 ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class PublishedSplits:
+    """What whoever published a root has decided."""
+
+    bins: pd.DataFrame
+    """id, group and split of every bin."""
+    config: SplitConfig
+    """By which they were decided."""
 
 
 class Source:
@@ -49,8 +60,8 @@ class Source:
                 f"--root {self.root} holds no bins: photos belong in bin-images/<id>.jpg, records in metadata/<id>.json"
             )
 
-    def published_splits(self) -> pd.DataFrame | None:
-        """id, group and split of every bin, if the root was published with them."""
+    def published_splits(self) -> PublishedSplits | None:
+        """The publisher's splits, if the root was published with them."""
         return None
 
     def ids(self) -> list[str]:

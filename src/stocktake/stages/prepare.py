@@ -40,7 +40,8 @@ def prepare_data(config: ImageConfig) -> PreparedData:
         other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
         raise StocktakeError(
             f"--root {config.root} holds other bins for rank {other} (fingerprint {fingerprints[other]}) than for "
-            f"rank 0 ({fingerprints[0]}): give every machine the same bins, --task, --list and --split"
+            f"rank 0 ({fingerprints[0]}): give every machine the same bins, --task, --list and --split, and the splits "
+            "of one run with --split.like"
         )
     return PreparedData(manifest, photos)
 
@@ -54,6 +55,8 @@ def _tell(manifest: Manifest, task: str) -> None:
         f"(data fingerprint {manifest.fingerprint})",
         flush=True,
     )
+    if manifest.conflicts.groups:
+        print(f"warning: {manifest.conflicts}", flush=True)
     bare = [f"{split} {label}" for split, label, n in manifest.counted() if n == 0]
     if bare:
         print(f"warning: no bin in {', '.join(bare)}; such a class counts 0 in macro-F1", flush=True)

@@ -20,6 +20,7 @@ import yaml
 
 from stocktake import distributed
 from stocktake.config.runs import ImageConfig, TrackingConfig
+from stocktake.data.ids_by_split import FILE, RUN_COLUMNS, write_ids_by_split
 from stocktake.data.manifest import Manifest
 from stocktake.data.splits import Split
 from stocktake.errors import StocktakeError
@@ -154,13 +155,15 @@ def shown_root(manifest: Manifest) -> str:
 
 
 def log_config(run: TrackedRun, config: ImageConfig, kind: type[ImageConfig], manifest: Manifest) -> None:
-    """Params, the resolved config, the data, the environment."""
+    """Params, the resolved config, the data, the ids by split, the environment."""
     names = {field.name for field in dataclasses.fields(kind)} - {"tracking", "workspace", "resume"}
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+    as_decided = dataclasses.replace(config, split=manifest.split_config)
+    settings = {name: value for name, value in dataclasses.asdict(as_decided).items() if name in names}
     run.log_params(flatten(settings))
     (run.artifacts / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False))
     installed = {f"{one.metadata['Name']}=={one.version}" for one in distributions()}
     (run.artifacts / "environment.txt").write_text("\n".join(sorted(installed, key=str.lower)) + "\n")
+    write_ids_by_split(run.artifacts / FILE, manifest.bins[RUN_COLUMNS])
     run.log_dataset(dataset_record(manifest), "training")
 
 
