@@ -150,6 +150,9 @@ def test_a_published_set_is_the_original(kind: str, config: DataConfig, private_
     assert copy.fingerprint == original.fingerprint
     pd.testing.assert_frame_equal(copy.bins, original.bins)
     assert (copy.source.root, copy.labels) == (place, original.labels)
+    assert copy.split_config == SPLIT
+    with pytest.raises(StocktakeError, match=r"--split\.seed 4"):
+        build_manifest(replace(elsewhere(config, tmp_path, place), split=SplitConfig(seed=4)))
     photos = [
         prepare_photos(manifest.source, manifest.bins, 32, tmp_path / name)
         for name, manifest in (("a", original), ("b", copy))
@@ -293,12 +296,12 @@ def read(folder: Path) -> Manifest:
 
 
 def change_index(folder: Path, **columns: Any) -> None:
-    """Other values in the first row, or for the whole table's description."""
+    """Other values in the first row, or for the whole table's description: `about_<name>`, or what no column is."""
     table = pq.read_table(folder / INDEX)
     about = json.loads(table.schema.metadata[b"stocktake"])
     for name, value in columns.items():
         if name not in table.column_names:
-            about[name] = value
+            about[name.removeprefix("about_")] = value
             continue
         values = table[name].to_pylist()
         values[0] = value
@@ -330,6 +333,8 @@ def files_below(folder: Path) -> set[str]:
         {"id": "00002"},
         {"group": "../x"},
         {"split": "holdout"},
+        {"about_split": {"seed": "many"}},
+        {"about_split": "by id"},
         {"shard": "/dev/zero"},
         {"shard": "../train-000000.tar"},
         {"shard": "train-/../../../x.tar", "split": "train"},

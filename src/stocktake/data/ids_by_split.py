@@ -41,7 +41,7 @@ def read_ids_by_split(path: Path) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, page_checksum_verification=True).to_pandas(ignore_metadata=True)
+        table: pd.DataFrame = pq.read_table(path, page_checksum_verification=True).to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0][:200]) from None
     if missing := {"id", "split"} - set(table.columns):
