@@ -13,13 +13,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from stocktake import __version__, distributed
 from stocktake.config.aws import JobConfig, JobsConfig, RemoteTrialConfig
 from stocktake.config.data import DataConfig
 from stocktake.config.parser import ALIASES, examples, parse_arguments, summary
-from stocktake.config.runs import CompareConfig, EdaConfig, EvaluateConfig, SyncConfig
+from stocktake.config.runs import CompareConfig, EdaConfig, EvaluateConfig, SyncConfig, TrackingConfig
 from stocktake.config.serving import DeployConfig, PredictConfig, ServeConfig
 from stocktake.config.training import DdpConfig, LadderConfig, TuneConfig
 from stocktake.config.versions import PromoteConfig, RegisterConfig, RegistryConfig, RollbackConfig
@@ -139,6 +140,11 @@ def run(arguments: Sequence[str]) -> object:
     if processes > 1 and not COMMANDS[name].is_distributed:
         raise StocktakeError(f"{name} runs in one process, not {processes}: torchrun is for stocktake train")
     settings = parse(name, arguments[1:])
+    if (split := getattr(settings, "split", None)) is not None and split.like is not None:
+        from stocktake.registry.lineage import file_of_splits
+
+        tracking = getattr(settings, "tracking", None) or TrackingConfig()
+        split.like = file_of_splits(split.like, tracking, Path(settings.workspace))
     module, _, function = COMMANDS[name].function.partition(":")
     return getattr(importlib.import_module(f"stocktake.commands.{module}"), function)(settings)
 

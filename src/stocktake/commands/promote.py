@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -61,7 +62,11 @@ def promote(config: PromoteConfig) -> GateResult | None:
             return None
         champion = registry.champion()
         serving = measure(version, config)
-        inputs = gather_inputs(registry, version, champion, config.workspace)
+        inputs = gather_inputs(registry, version, champion, config.workspace, config.overlap)
+        for warning in inputs.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if inputs.dropped:
+            print(f"--overlap drop: {inputs.dropped} test bins that a model was trained on are left out", flush=True)
         result = run_gate(inputs.predictions, inputs.references, serving, config.gate, reason=inputs.reason)
         show(result, version, champion)
         figures = _figures(result, inputs)
@@ -139,5 +144,6 @@ def _figures(result: GateResult, inputs: GateInputs) -> dict[str, Any]:
     """What the history keeps."""
     figures = {name: round(value, 6) if isinstance(value, float) else value for name, value in result.figures.items()}
     figures |= {"task": inputs.task, "data.fingerprint": inputs.fingerprint, "git.commit": inputs.commit}
+    figures["overlap"] = "unauditable" if inputs.warnings else f"{inputs.dropped} dropped" if inputs.dropped else "none"
     failed = [str(rule)[:_RULE_LENGTH] for rule in result.failed]
     return figures | ({"failed": failed} if failed else {})

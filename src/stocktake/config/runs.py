@@ -61,12 +61,16 @@ class EvaluateConfig(RunConfig):
 
     Examples:
         stocktake evaluate --model models:/stocktake@candidate --root ../bins --on test
+        stocktake evaluate --model models:/stocktake@champion --root ../other-warehouse --on all
     """
 
     model: str = "models:/stocktake/latest"
     """models:/NAME/VERSION, models:/NAME@ALIAS, runs:/ID/model, or a model folder."""
-    on: Literal["train", "val", "test"] = "test"
-    """The split to evaluate on."""
+    on: Literal["train", "val", "test", "all"] = "test"
+    """The split to evaluate on; all: every bin, of a root that the model has not seen."""
+    overlap: Literal["refuse", "drop"] = "refuse"
+    """What to do with bins that the model, or one that it started from, was trained on: refuse to evaluate, or leave
+    them out."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Photos a step."""
 

@@ -74,6 +74,9 @@ class PromoteConfig(ModelConfig):
     gate: GateConfig = field(default_factory=GateConfig)
     force: bool = False
     """Promote what the gate refuses; needs --reason."""
+    overlap: Literal["refuse", "drop"] = "refuse"
+    """What to do with test bins that the version or the champion, or a model that they started from, was trained on:
+    refuse to compare, or leave them out."""
     reason: str | None = None
     """Why, for the history."""
     workspace: str = "workspace"

@@ -6,16 +6,18 @@ import operator
 import shlex
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocktake.config.data import BinsConfig
 from stocktake.config.parser import option_names
 from stocktake.config.runs import TrackingConfig
+from stocktake.data.overlap import CHOSEN, describe_overlap, find_seen
 from stocktake.evaluation.evaluation import FOLDER
 from stocktake.redaction import without_credentials
 from stocktake.registry.gate import Reference
+from stocktake.registry.lineage import Lineage, trained_bins
 from stocktake.registry.versions import ModelRegistry, Version
 
 if TYPE_CHECKING:
@@ -39,9 +41,15 @@ class GateInputs:
     reason: str
     """Why there are no predictions."""
     references: tuple[Reference, ...]
+    dropped: int = 0
+    """Test bins that were left out because the challenger or the champion has seen them."""
+    warnings: tuple[str, ...] = ()
+    """Of models whose training bins are not recorded."""
 
 
-def gather_inputs(registry: ModelRegistry, version: Version, champion: Version | None, workspace: str) -> GateInputs:
+def gather_inputs(
+    registry: ModelRegistry, version: Version, champion: Version | None, workspace: str, overlap: str = "refuse"
+) -> GateInputs:
     """Fetch the predictions of a version and of the champion, or of the baselines while there is none.
 
     Args:
@@ -49,6 +57,7 @@ def gather_inputs(registry: ModelRegistry, version: Version, champion: Version |
         version: the challenger.
         champion: what it is compared with.
         workspace: for the commands that make what is missing.
+        overlap: refuse to compare on bins that either has seen, or drop them.
     """
     run = get_run(registry, version.run_id)
     tags: Mapping[str, str] = run.data.tags if run else {}
@@ -62,7 +71,51 @@ def gather_inputs(registry: ModelRegistry, version: Version, champion: Version |
     else:
         references = [source.baseline(stage) for stage in BASELINES]
     commit = tags.get("git.commit", "")
-    return GateInputs(source.task, source.fingerprint, commit, predictions, reason, tuple(references))
+    inputs = GateInputs(source.task, source.fingerprint, commit, predictions, reason, tuple(references))
+    if run is None:
+        return inputs
+    models = filter(None, (version, champion))
+    lineages = {model.label: trained_bins(registry.connection, model.run_id) for model in models}
+    return _without_seen(inputs, lineages, version.label, run, overlap)
+
+
+def _without_seen(
+    inputs: GateInputs, lineages: Mapping[str, Lineage], challenger: str, run: Any, overlap: str
+) -> GateInputs:
+    """The inputs without what one of the models has seen: the bins, or all predictions of the model.
+
+    Args:
+        inputs: as the store has them.
+        lineages: of the challenger and the champion, by their labels.
+        challenger: its label.
+        run: the challenger's.
+        overlap: refuse or drop.
+    """
+    warnings = tuple(f"{model} is {lineage.warning}" for model, lineage in lineages.items() if lineage.unknown)
+    inputs = replace(inputs, warnings=warnings)
+    if inputs.predictions is None:
+        return inputs
+    own = lineages[challenger].own
+    bins = inputs.predictions[["id", "group"]]
+    if own is not None and bins["id"].isin(own.bins["id"]).all():
+        bins = bins.merge(own.bins[["id", "phash"]], on="id")
+    root, by = run.data.tags.get("data.root", ""), run.data.params.get("split.by", "group")
+    seen = {model: bins[find_seen(bins, root, of.training, CHOSEN, by)] for model, of in lineages.items()}
+    if overlap == "drop":
+        ids = {bin_id for table in seen.values() for bin_id in table["id"]}
+
+        def rest(table: pd.DataFrame | None) -> pd.DataFrame | None:
+            return table if table is None else table[~table["id"].isin(ids)].reset_index(drop=True)
+
+        references = tuple(replace(other, predictions=rest(other.predictions)) for other in inputs.references)
+        return replace(inputs, predictions=rest(inputs.predictions), references=references, dropped=len(ids))
+    for model, table in seen.items():
+        reason = f"{describe_overlap(model, table, len(bins))}: --overlap drop leaves them out"
+        if len(table) and model == challenger:
+            inputs = replace(inputs, predictions=None, reason=reason)
+        elif len(table):
+            inputs = replace(inputs, references=tuple(replace(other, reason=reason) for other in inputs.references))
+    return inputs
 
 
 def get_run(registry: ModelRegistry, run_id: str | None) -> Any:

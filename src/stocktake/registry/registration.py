@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
+from stocktake.registry.lineage import check_test_split, trained_bins
 from stocktake.registry.model_card_data import try_to_publish_card
 from stocktake.registry.models import search_versions
+from stocktake.registry.runs import find_run, list_runs
 from stocktake.registry.versions import CANDIDATE, ModelRegistry, Version
-from stocktake.tracking.local_store import FINISHED, RUNNING, LocalRun
+from stocktake.tracking.local_store import FINISHED
 
 MODEL = "model"
 """The name under which a run logs its model."""
@@ -35,9 +36,10 @@ def register_run(registry: ModelRegistry, asked: str, runs: Path) -> Version:
         runs: where a folder is looked for that is given by its name.
 
     Raises:
-        StocktakeError: no such run, several of the name, not finished, not uploaded, or without a model.
+        StocktakeError: no such run, several of the name, not finished, not uploaded, or without a model; or a model
+            that it started from was trained on bins of its test split.
     """
-    run = _find(registry, asked, runs)
+    run = find_run(registry, asked, runs)
     name = run.info.run_name
     if run.info.status != FINISHED:
         raise StocktakeError(f"the run {name} ({run.info.run_id}) is {run.info.status}: register one that has finished")
@@ -45,6 +47,11 @@ def register_run(registry: ModelRegistry, asked: str, runs: Path) -> Version:
     tags = {key: run.data.tags[key] for key in COPIED_TAGS if key in run.data.tags}
     if (score := run.data.metrics.get("val/macro_f1")) is not None:
         tags["val/macro_f1"] = f"{score:.6g}"
+    lineage = trained_bins(registry.connection, run.info.run_id)
+    check_test_split(name, lineage, run.data.params.get("split.by", "group"))
+    if lineage.unknown:
+        print(f"warning: {name} is {lineage.warning}", file=sys.stderr)
+    tags["overlap"] = "unauditable" if lineage.unknown else "none"
     number = _find_or_create_version(registry, model.model_id, run.info.run_id, tags, f"Of run {name}.")
     registry.set_alias(CANDIDATE, registry.version(number))
     return registry.version(number)
@@ -91,53 +98,6 @@ def _find_or_create_version(
     return str(version.version)
 
 
-def _find(registry: ModelRegistry, asked: str, runs: Path) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    folder = next((path for path in (Path(asked), runs / asked) if (path / "run.json").is_file()), None)
-    run_id = _uploaded(folder, runs) if folder else asked
-    client = registry.client
-    if re.fullmatch(r"[0-9a-f]{32}", run_id):
-        try:
-            return client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise StocktakeError(f"there is no run {run_id} in {registry.connection.shown}: correct --run") from error
-    experiment_name = registry.tracking.experiment
-    experiment = client.get_experiment_by_name(experiment_name)
-    if experiment is None:
-        names = ", ".join(repr(experiment.name) for experiment in client.search_experiments(max_results=30))
-        raise StocktakeError(f"there is no experiment {experiment_name!r}: --tracking.experiment can be {names}")
-
-    def search(condition: str) -> list[Any]:
-        order = ["attributes.start_time DESC"]
-        return list(client.search_runs([experiment.experiment_id], condition, order_by=order, max_results=6))
-
-    quoted = asked.replace("'", "")
-    matches = search(f"attributes.run_name = '{quoted}'")
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise StocktakeError(f"several runs are named {asked}: give the id of one as --run, such as {_listed(matches)}")
-    latest = search("attributes.status = 'FINISHED'")
-    hint = f"--run can be {_listed(latest)}" if latest else "it has no finished run"
-    raise StocktakeError(f"no run folder and no run {asked!r} in the experiment {experiment_name!r}: {hint}")
-
-
-def _uploaded(path: Path, runs: Path) -> str:
-    """Return the id of a run folder's run."""
-    folder = LocalRun.open(path)
-    if folder.state.status == RUNNING:
-        raise StocktakeError(f"{path} has not finished: register a run that has")
-    run_id = folder.run_id
-    if run_id is None or not folder.is_uploaded():
-        raise StocktakeError(
-            f"{path} is not in the store in full: `stocktake sync --workspace {runs.parent}` uploads it"
-        )
-    return run_id
-
-
 def _model(registry: ModelRegistry, run: Any) -> Any:
     client, run_id = registry.client, run.info.run_id
     experiments = [run.info.experiment_id]
@@ -146,15 +106,5 @@ def _model(registry: ModelRegistry, run: Any) -> Any:
     if named := [model for model in ready if model.name == MODEL] or ready:
         return max(named, key=lambda model: int(model.creation_timestamp))
     children = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=6)
-    hint = f"; its child runs are {_listed(children)}" if children else ""
+    hint = f"; its child runs are {list_runs(children)}" if children else ""
     raise StocktakeError(f"the run {run.info.run_name} has no model to register: give another --run{hint}")
-
-
-def _listed(runs: list[Any]) -> str:
-    """Runs with what one would choose between them by."""
-    shown = []
-    for run in runs:
-        score = run.data.metrics.get("val/macro_f1")
-        figure = f", val/macro_f1 {score:.3f}" if score is not None else ""
-        shown.append(f"{run.info.run_id} ({run.info.run_name}{figure})")
-    return ", ".join(shown)
