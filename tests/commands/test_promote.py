@@ -226,19 +226,19 @@ def test_a_missing_baseline_is_made_by_the_command_that_is_named(shop: Shop) -> 
 def test_a_champion_of_other_data_is_evaluated_by_the_command_that_is_named(
     shop: Shop, tiny_settings: dict[str, Any], tiny_root: Path
 ) -> None:
-    other = ["classical", "--root", str(tiny_root), "--task", "1-3", "--image_size", "32", "--split.seed", "5"]
+    other = ["classical", "--root", str(tiny_root), "--task", "1-3", "--image_size", "32", "--limit", "80"]
     other += [
         "--split.fractions",
         "[0.6,0.2,0.2]",
         "--split.near_duplicate_distance",
         "0",
         "--tracking.run_name",
-        "other split",
+        "fewer bins",
     ]
     other += ["--classical.pixels", "2", "--classical.components", "2", "--classical.c", "0.01"]
     made = shop.run(*other, "--tracking.system_metrics", "false")
     assert made.code == 0, made.err
-    assert shop.run("register", "--run", "other split").code == 0
+    assert shop.run("register", "--run", "fewer bins").code == 0
     ended = shop.run("promote", "--force", "--reason", "other data")
     assert ended.code == 0, ended.err
     ended = shop.run("promote", "--version", "1")
