@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from stocktake.commands.evaluate import evaluate
-from stocktake.commands.majority import majority
+from stocktake.commands.train import train
 from stocktake.config.data import SplitConfig
 from stocktake.config.runs import EvaluateConfig
 from stocktake.config.training import MajorityConfig
@@ -48,7 +48,7 @@ def trained(shared: Path, tiny_settings: dict[str, Any]) -> StageResult:
         patch.chdir(shared)
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             patch.delenv(name)
-        return majority(MajorityConfig(**tiny_settings, workspace="workspace"))
+        return train(MajorityConfig(**tiny_settings, workspace="workspace"))
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_all_of_a_root_that_the_model_has_not_seen(on: Callable[..., Any], tmp_p
     with pytest.raises(StocktakeError, match=r"the val split of .* is empty"):
         on("val", root=str(root), split=split(fractions=(0, 0, 1)))
     with pytest.raises(StocktakeError, match=r"train split of .* is empty"):
-        majority(MajorityConfig(root=str(root), task="1-3", split=split(fractions=(0, 0, 1))))
+        train(MajorityConfig(root=str(root), task="1-3", split=split(fractions=(0, 0, 1))))
     with pytest.raises(StocktakeError, match="of the 96 bins"):
         on("all")
 

@@ -40,6 +40,7 @@ FINETUNE = {**NETWORK, "epochs": 2, "training": TrainingConfig(augment="flip")}
 FILES = {
     "config.yaml",
     "environment.txt",
+    "splits.parquet",
     "checkpoint/model.json",
     "checkpoint/model.safetensors",
     *(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -391,7 +392,7 @@ def test_a_file_of_no_splits_is_named(config: BinsConfig, content: bytes | None,
         build_manifest(dataclasses.replace(config, split=SplitConfig(like=str(path))))
 
 
-def test_two_processes_that_draw_at_once_forget_nothing(config: BinsConfig) -> None:
+def test_two_builds_at_once_forget_nothing(config: BinsConfig) -> None:
     """Each knows bins that the other does not list."""
     ids = [f"{number:05d}" for number in range(1, 41)]
     lists = [root_of(config).parent / f"list-{name}.json" for name in ("a", "b")]
