@@ -125,14 +125,14 @@ def test_a_killed_job_is_collected_from_its_checkpoints_into_its_own_run_only(
     experiment = client.create_experiment("jobs", artifact_location=str(tmp_path / "stored"))
     own, other = (client.create_run(experiment).info.run_id for _ in range(2))
     run = LocalRun.create(tmp_path / "there", name="lost", experiment="jobs", tracking_uri=None, attach_run_id=other)
-    run.append_metrics({"val/macro_f1": 0.25}, 1)
-    for path in run.path.rglob("*"):
+    run.log_metrics({"val/macro_f1": 0.25}, 1)
+    for path in run.folder.rglob("*"):
         if path.is_file():
             inside = path.relative_to(tmp_path / "there")
             emulator.put(f"killed/checkpoints/runs/{inside}", path.read_bytes())
     job, tracking = ended_job(emulator, "killed", own), TrackingConfig(uri=sqlite_store)
     results = collect_results(aws, job, tmp_path / "here", tracking)
-    assert [path.name for path in results.folders] == [run.path.name]
+    assert [path.name for path in results.folders] == [run.folder.name]
     logged = client.get_run(own)
     assert (logged.info.status, logged.data.metrics["val/macro_f1"]) == ("FAILED", 0.25)
     assert logged.data.tags["failure"] == "InternalServerError: the instance is gone"
@@ -146,4 +146,4 @@ def test_a_killed_job_is_collected_from_its_checkpoints_into_its_own_run_only(
     assert again == results
     assert client.get_run(own).data.tags == logged.data.tags
     assert len(client.get_metric_history(own, "val/macro_f1")) == 1
-    assert [path.name for path in (tmp_path / "here" / "runs").glob("[!.]*")] == [run.path.name]
+    assert [path.name for path in (tmp_path / "here" / "runs").glob("[!.]*")] == [run.folder.name]

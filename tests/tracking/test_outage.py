@@ -110,9 +110,9 @@ def test_a_server_killed_under_a_run(
             hung.log_metrics({"a": 1.0}, step=step)
             hung.flush()
         assert time.monotonic() - began < 1
-        assert not hung.local.is_uploaded()
+        assert not hung.is_uploaded()
         os.killpg(server.process.pid, signal.SIGCONT)
-    assert hung.local.is_uploaded()
+    assert hung.is_uploaded()
     assert len(client.get_metric_history(hung.run_id, "a")) == 20
 
     # The same store under another address is no other store.

@@ -71,7 +71,7 @@ def test_a_child_of_another_process_is_ended_and_gone_on_with_in_the_same_run(cl
         assert "failure" not in stored.data.tags
         history = client.get_metric_history(run_id, "val/macro_f1")
         assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5)]
-        assert again.local.is_uploaded()
+        assert again.is_uploaded()
         assert not end_run(folder, QUIET, status=FAILED, reason="it has finished")
         assert client.get_run(run_id).info.status == "FINISHED"
 

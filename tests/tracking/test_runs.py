@@ -16,7 +16,7 @@ import pytest
 
 from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.tracking.runs import DatasetRecord, NullRun, Run, start_run
+from stocktake.tracking.runs import DatasetRecord, start_run
 
 QUIET = TrackingConfig(system_metrics=False)
 WORKSPACE = Path("workspace")
@@ -58,8 +58,8 @@ def test_everything_of_a_run_is_on_disk_and_in_the_store(client: Any, model_fold
     result = json.loads((child.folder / "result.json").read_text())
     assert result["run_id"] == child.run_id
     assert result["metrics"]["val/macro_f1"] == 0.2
-    assert run.local.is_uploaded()
-    assert child.local.is_uploaded()
+    assert run.is_uploaded()
+    assert child.is_uploaded()
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
@@ -205,19 +205,6 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     config = TrackingConfig(uri="sqlite:///text.db")
     with pytest.raises(StocktakeError, match=r"text\.db"), start_run(config, workspace=WORKSPACE, name="a", tags={}):
         pass
-
-
-def test_the_null_run_has_all_that_a_run_has(tmp_path: Path, model_folder: Path) -> None:
-    run: Run = NullRun(tmp_path / "nowhere")
-    run.log_params({"a": 1})
-    run.set_tags({"a": 1})
-    run.log_metrics({"a": 1.0})
-    run.log_dataset(DatasetRecord("bins", "abc", "/bins", 1))
-    run.log_model(model_folder)
-    run.flush()
-    with run.child("b", {}) as child:
-        assert child.run_id is None
-    assert not (tmp_path / "nowhere").exists()
 
 
 def _one_of_four(number: int) -> None:

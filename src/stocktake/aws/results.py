@@ -227,12 +227,10 @@ def _upload(folders: Sequence[Path], connection: Connection, workspace: Path, qu
         try:
             RunUploader(run, connection).upload()
             if not quiet:
-                print(f"{run.path.name}: uploaded to {connection.shown}", flush=True)
+                print(f"{run.folder.name}: uploaded to {connection.shown}", flush=True)
         except (StocktakeError, UploadError) as error:
-            print(
-                f"{run.path.name} was not uploaded ({brief(error)}): `stocktake sync --workspace {workspace}` does so",
-                flush=True,
-            )
+            hint = f"`stocktake sync --workspace {workspace}` does so"
+            print(f"{run.folder.name} was not uploaded ({brief(error)}): {hint}", flush=True)
 
 
 def _end_run(connection: Connection, run_id: str, status: str, tags: Mapping[str, str]) -> None:

@@ -229,9 +229,9 @@ def _model_folder(runs: Path) -> Path | None:
     if not tops:
         return None
     top = max(tops, key=lambda run: run.state.start_ms)
-    children = [run for run in folders if run.state.parent == top.path.name]
+    children = [run for run in folders if run.state.parent == top.folder.name]
     best = [run for run in children if run.tags.get("stage") == top.tags.get("best")]
-    models = [run.path / "models" / MODEL for run in (top, *best)]
+    models = [run.folder / "models" / MODEL for run in (top, *best)]
     return next((model for model in models if (model / "MLmodel").is_file()), None)
 
 

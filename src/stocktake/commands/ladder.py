@@ -50,7 +50,7 @@ def ladder(config: LadderConfig) -> dict[str, float]:
     print()
     register_candidate(config.tracking, best.run.folder, Path(config.workspace))
     print(f"results on disk: {run.folder}")
-    print(f"MLflow UI: {ui_command(run.tracking_uri)}", flush=True)
+    print(f"MLflow UI: {ui_command(run.state.tracking_uri)}", flush=True)
     return best.metrics
 
 

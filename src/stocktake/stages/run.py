@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from stocktake.stages.prepare import PreparedData
 from stocktake.stages.table import STAGES
 from stocktake.tracking.attached_run import attached_run_id, take_attached_run_id
 from stocktake.tracking.local_store import FINISHED, DatasetRecord, LocalRun
-from stocktake.tracking.runs import NullRun, TrackedRun, start_run
+from stocktake.tracking.runs import TrackedRun, start_run
 from stocktake.tracking.sync import end_run
 
 MODEL = "model"
@@ -64,7 +64,7 @@ def stage_run(
     """The run of one stage: a child of the ladder's, or its own. Yields it with the time it began.
 
     Of a ladder's config only the settings of this `kind` are logged: a majority class has no backbone. In a
-    distributed job the first process has the run, and the others a NullRun.
+    distributed job the first process has the run, and the others one that is thrown away.
     """
     began = time.monotonic()
     tags = run_tags(config, prepared.manifest, stage)
@@ -95,7 +95,8 @@ def own_run(
     workspace = Path(config.workspace)
     if not distributed.is_rank_zero():
         take_attached_run_id()
-        yield cast("TrackedRun", NullRun(workspace))  # what it lacks of a TrackedRun is asked of rank 0 only
+        with tempfile.TemporaryDirectory() as folder:  # only rank 0 logs
+            yield TrackedRun.create(Path(folder), name=name)
         return
     job, restarts = distributed.job_id(), distributed.world_from_env().restarts
     interrupted = find_run(workspace / "runs", job) if job and restarts else None
@@ -127,7 +128,7 @@ def find_run(runs: Path, job: str) -> Path | None:
         except (OSError, ValueError, StocktakeError):  # half written by a process that died
             continue
     latest = max(found, key=lambda folder: folder.state.start_ms, default=None)
-    return latest.path if latest and latest.state.status != FINISHED else None
+    return latest.folder if latest and latest.state.status != FINISHED else None
 
 
 def end_failed_run(folder: Path, tracking: TrackingConfig, status: str, reason: str) -> None:

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
-from stocktake.redaction import redact, without_credentials
+from stocktake.redaction import redact
 from stocktake.tracking.addresses import Stores, given_uri, resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.known_stores import known_stores
@@ -38,35 +38,35 @@ def sync_runs(runs: Path, tracking: TrackingConfig, say: Callable[[str], None]) 
     if not runs.is_dir():
         return counts
     with FileLock(runs / ".sync.lock"):
-        folders = _read(runs, say, counts)
-        incomplete = _with_ancestors(folders)
         connect = _Connections(runs, tracking)
-        for name in _parents_first(folders):
-            if name not in incomplete:
+        for run in _read(runs, say, counts):
+            name = run.folder.name
+            if run.is_uploaded():
                 counts["complete"] += 1
-                continue
-            locked = folders[name]
-            if not locked.try_lock():
+            elif not run.try_lock():
                 counts["running"] += 1
-                say(f"{name}: still running (process {locked.state.pid}), left alone")
-                continue
-            try:
-                run = LocalRun.open(locked.path)  # as its process left it
-                _kill_if_dead(run)
-                connection = connect(run)
-                was_complete = run.is_uploaded(without_credentials(connection.stores.tracking))
-                RunUploader(run, connection).upload()
-                run.write_result()
-            except (UploadError, StocktakeError, OSError, ValueError) as error:
-                counts["pending"] += 1
-                say(f"{name}: not uploaded: {brief(error)}")
+                say(f"{name}: still running (process {run.state.pid}), left alone")
             else:
-                counts["complete" if was_complete else "uploaded"] += 1
-                if not was_complete:
-                    say(f"{name}: uploaded to {connection.shown} as {run.state.status}")
-            finally:
-                locked.release()
+                try:
+                    say(f"{name}: uploaded to {_upload(run.folder, connect)}")
+                    counts["uploaded"] += 1
+                except (UploadError, StocktakeError, OSError, ValueError) as error:
+                    counts["pending"] += 1
+                    say(f"{name}: not uploaded: {brief(error)}")
+                finally:
+                    run.release()
     return counts
+
+
+def _upload(folder: Path, connect: _Connections) -> str:
+    """Upload a run as its process has left it; where to, and as what."""
+    run = LocalRun.open(folder)
+    if run.state.status == RUNNING:
+        _write_end(run, KILLED, f"its process ({run.state.pid} on {run.state.host}) died: killed, or out of memory")
+    connection = connect(run)
+    RunUploader(run, connection).upload()
+    run.write_result()
+    return f"{connection.shown} as {run.state.status}"
 
 
 def end_run(path: Path, tracking: TrackingConfig, *, status: str, reason: str) -> bool:
@@ -125,44 +125,17 @@ class _Connections:
         return resolve(replace(self._tracking, uri=uri))
 
 
-def _read(runs: Path, say: Callable[[str], None], counts: dict[str, int]) -> dict[str, LocalRun]:
-    folders = {}
+def _read(runs: Path, say: Callable[[str], None], counts: dict[str, int]) -> list[LocalRun]:
+    """The run folders, in the order in which they were started: a parent before its children."""
+    opened = []
     for path in sorted(runs.iterdir()):
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
             try:
-                folders[path.name] = LocalRun.open(path)
+                opened.append(LocalRun.open(path))
             except (StocktakeError, OSError, ValueError) as error:
                 counts["pending"] += 1
                 say(f"{path.name}: not uploaded: {brief(error)}")
-    return folders
-
-
-def _with_ancestors(folders: dict[str, LocalRun]) -> set[str]:
-    """Runs that no store has in full, and the runs above them, which have to be in the same store."""
-    names = {name for name, run in folders.items() if not run.is_uploaded()}
-    for name in list(names):
-        parent = folders[name].state.parent
-        while parent is not None and parent in folders and parent not in names:
-            names.add(parent)
-            parent = folders[parent].state.parent
-    return names
-
-
-def _parents_first(folders: dict[str, LocalRun]) -> list[str]:
-    def depth(name: str) -> int:
-        above, parent = 0, folders[name].state.parent
-        while parent is not None and parent in folders and above < len(folders):
-            above, parent = above + 1, folders[parent].state.parent
-        return above
-
-    return sorted(folders, key=lambda name: (depth(name), folders[name].state.start_ms))
-
-
-def _kill_if_dead(run: LocalRun) -> None:
-    """Mark a run whose process died without ending it as KILLED."""
-    state = run.state
-    if state.status == RUNNING:
-        _write_end(run, KILLED, f"its process ({state.pid} on {state.host}) died: killed, or out of memory")
+    return sorted(opened, key=lambda run: (run.state.start_ms, run.state.parent is not None))
 
 
 def _write_end(run: LocalRun, status: str, reason: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -48,44 +50,37 @@ class RunUploader:
         self.run = run
         self._connection = connection
         self._uri = without_credentials(connection.stores.tracking)
-        self._run_id: str | None = None
-        self._params: dict[str, str] = {}
-        self._tags: dict[str, str] = {}
-        self._inputs = 0
-        self._metrics_end = 0
-        self._artifacts: _Stamps = {}
-        self._models: dict[str, _Stamps] = {}
-        self._linked: set[str] = set()
-        self._status: str | None = None
+        self._run_id = ""
+        self._sent: dict[str, Any] = {}
+        """Part of the run -> its content, or what tells it from a later one, when it was sent."""
+        self._params: set[str] = set()
+        """Names of the params that the store has."""
+        self._models: dict[str, str] = {}
+        """Name of a model's folder -> id of the logged model."""
         self.is_complete = False
         """Whether all of an ended run was uploaded."""
 
     def upload(self) -> None:
         """Send what is new since the last call; the first call sends everything.
 
-        The parent, if there is one, has to be in the same store already. A part that the store refuses does not keep
-        the others from being sent, unless the server is away.
+        A part that the store refuses does not keep the others from being sent, unless the server is away.
 
         Raises:
             UploadError: with the first failure; StoreAwayError if the server does not answer.
             StocktakeError: the experiment was deleted.
         """
         digest = None if self.run.state.status == RUNNING else self.run.digest()
-        if self._run_id is None:
-            self._run_id = self._attempt("run", self._find_or_create)
-        parts: dict[str, Callable[[], None]] = {
-            "tags": self._send_tags,
-            "params": self._send_params,
-            "datasets": self._send_inputs,
-            "metrics": self._send_metrics,
-            "artifacts": self._send_artifacts,
-            "models": self._send_models,
-            "status": self._send_status,
-        }
+        if not self._run_id:
+            with _upload_errors("run"):
+                self._run_id = self._find_or_create()
         failure = None
-        for name, send in parts.items():
+        for part, content, send in self._parts():
+            if self._sent.get(part) == content:
+                continue
             try:
-                self._attempt(name, send)
+                with _upload_errors(part):
+                    send()
+                self._sent[part] = content
             except UploadError as error:
                 if self._connection.health_check() is not None:
                     raise StoreAwayError(str(error)) from error
@@ -93,91 +88,95 @@ class RunUploader:
         if failure is not None:
             raise failure
         if digest is not None:
-            self.run.remember_upload(self._uri, self._run_id).digest = digest
-            self.run.save()
+            self.run.remember_upload(self._uri, self._run_id, digest)
             self.is_complete = True
 
-    def _attempt(self, name: str, send: Callable[[], _T]) -> _T:
-        try:
-            return send()
-        except (UploadError, StocktakeError):
-            raise
-        except Exception as error:
-            raise UploadError(f"{name}: {brief(error)}") from error
+    def _parts(self) -> Iterator[tuple[str, object, Callable[[], object]]]:
+        """Every part of the run with its content, or what tells it from a later one, and what sends it."""
+        run, state = self.run, self.run.state
+        yield "tags", dict(run.tags), self._send_tags
+        yield "params", dict(run.params), self._send_params
+        yield "datasets", len(run.inputs), self._send_inputs
+        points, end = run.read_metrics(self._sent.get("metrics", 0))
+        yield "metrics", end, partial(self._log_metrics, points, _METRICS)
+        for name, stamp in _stamps(run.artifacts).items():
+            folder = Path(name).parent.as_posix()
+            source, target = str(run.artifacts / name), None if folder == "." else folder
+            yield f"artifact {name}", stamp, partial(self._connection.client.log_artifact, self._run_id, source, target)
+        for name in state.models:
+            yield f"model {name}", _stamps(run.folder / "models" / name), partial(self._send_model, name)
+        if state.status != RUNNING:
+            scores = [point for point in run.last_points() if point.name.startswith(("val/", "test/"))]
+            for model_id in self._models.values():
+                yield f"scores of {model_id}", scores, partial(self._log_metrics, scores, _MODEL_METRICS, model_id)
+        yield "status", state.status, self._send_status
 
     def _find_or_create(self) -> str:
         """The MLflow run: the one that is remembered, that `mlflow run` opened, that has the tag, or a new one."""
         client, state = self._connection.client, self.run.state
-        known = state.uploads.get(self._uri)
-        run = get_run(self._connection, known.run_id) if known else None
-        if run is None and state.attach_run_id:
-            run = get_run(self._connection, state.attach_run_id)
-            if run is not None:
-                self._attach(run)
-        if run is None:
-            parent = self._parent()
-            above = parent.info.experiment_id if parent else None
-            experiment_id = above or ensure_experiment(self._connection, state.experiment)
-            is_this = f"tags.`{FOLDER_TAG}` = '{self.run.path.name}'"
-            tagged = client.search_runs([experiment_id], is_this, max_results=1)
-            run = next(iter(tagged), None)
-            if run is None:
-                tags = {FOLDER_TAG: self.run.path.name}
-                if parent:
-                    tags["mlflow.parentRunId"] = parent.info.run_id
-                with no_retries():
-                    run = client.create_run(experiment_id, start_time=state.start_ms, tags=tags, run_name=state.name)
+        remembered = state.uploads.get(self._uri)
+        ids = [remembered.run_id if remembered else None, state.attach_run_id]
+        existing = (get_run(self._connection, run_id) for run_id in ids if run_id)
+        run = next(filter(None, existing), None) or self._tagged_or_new()
+        run_id = str(run.info.run_id)
+        if run_id == state.attach_run_id:
+            client.set_tag(run_id, FOLDER_TAG, self.run.folder.name)
+            if is_generated(run.info.run_name):
+                client.update_run(run_id, name=state.name)
+            state.experiment = client.get_experiment(run.info.experiment_id).name
+            show_in_mlflow(client, run.info.experiment_id)
         if "failure" in run.data.tags and "failure" not in self.run.tags:  # of a run that was continued
-            client.delete_tag(run.info.run_id, "failure")
+            client.delete_tag(run_id, "failure")
         # `mlflow run -P lr=1e-3` has logged it as it was typed, and a param never changes.
-        self._params = {name: self.run.params.get(name, "") for name in run.data.params}
-        self._status = run.info.status if run.info.status == RUNNING else None
-        self.run.remember_upload(self._uri, run.info.run_id)
-        return str(run.info.run_id)
+        self._params = set(run.data.params)
+        self._sent["status"] = run.info.status if run.info.status == RUNNING else None
+        self.run.remember_upload(self._uri, run_id)
+        return run_id
 
-    def _attach(self, run: Any) -> None:
-        client, run_id = self._connection.client, run.info.run_id
-        client.set_tag(run_id, FOLDER_TAG, self.run.path.name)
-        if is_generated(run.info.run_name):
-            client.update_run(run_id, name=self.run.state.name)
-        self.run.state.experiment = client.get_experiment(run.info.experiment_id).name
-        show_in_mlflow(client, run.info.experiment_id)
+    def _tagged_or_new(self) -> Any:
+        client, state, folder = self._connection.client, self.run.state, self.run.folder.name
+        parent = self._parent()
+        experiment_id = parent.info.experiment_id if parent else ensure_experiment(self._connection, state.experiment)
+        if tagged := client.search_runs([experiment_id], f"tags.`{FOLDER_TAG}` = '{folder}'", max_results=1):
+            return tagged[0]
+        tags = {FOLDER_TAG: folder, **({"mlflow.parentRunId": parent.info.run_id} if parent else {})}
+        with no_retries():
+            return client.create_run(experiment_id, start_time=state.start_ms, tags=tags, run_name=state.name)
 
     def _parent(self) -> Any:
-        """The MLflow run of the parent; None without one, or where its folder is gone."""
-        name = self.run.state.parent
-        path = self.run.path.parent / str(name)
-        if name is None or not (path / "run.json").is_file():
+        """The MLflow run of the parent, which is uploaded first; None without one, or where its folder is gone."""
+        folder = self.run.folder.parent / str(self.run.state.parent)
+        if self.run.state.parent is None or not (folder / "run.json").is_file():
             return None
-        upload = LocalRun.open(path).state.uploads.get(self._uri)
-        if upload is None:
-            raise UploadError(f"its parent {name} is not uploaded yet")
-        return self._connection.client.get_run(upload.run_id)
+        parent = LocalRun.open(folder)
+        if self._uri not in parent.state.uploads:
+            if not parent.try_lock():
+                raise UploadError(f"its parent {folder.name} is not uploaded yet")
+            try:
+                RunUploader(parent, self._connection).upload()
+            finally:
+                parent.release()
+        return self._connection.client.get_run(parent.state.uploads[self._uri].run_id)
 
     def _send_tags(self) -> None:
         from mlflow.entities import RunTag
 
-        tags = self.run.tags
-        changed = [(key, value) for key, value in tags.items() if self._tags.get(key) != value]
-        for batch in _batches(changed, _TAGS):
-            self._connection.client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in batch])
-        self._tags = dict(tags)
+        for batch in _batches([RunTag(key, value) for key, value in self.run.tags.items()], _TAGS):
+            self._connection.client.log_batch(self._run_id, tags=batch)
 
     def _send_params(self) -> None:
         from mlflow.entities import Param
 
-        params = self.run.params
-        new = [(key, value) for key, value in params.items() if key not in self._params]
+        new = [Param(key, value) for key, value in self.run.params.items() if key not in self._params]
         for batch in _batches(new, _PARAMS):
-            self._connection.client.log_batch(self._run_id, params=[Param(key, value) for key, value in batch])
-        self._params |= params
+            self._connection.client.log_batch(self._run_id, params=batch)
+            self._params |= {param.key for param in batch}
 
     def _send_inputs(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        records = self.run.inputs[self._inputs :]
         inputs = []
-        for record in records:
+        for record in self.run.inputs:
             scheme = record["source"].partition("://")[0]
             dataset = Dataset(
                 name=record["name"],
@@ -189,51 +188,21 @@ class RunUploader:
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])]))
         if inputs:
             self._connection.client.log_inputs(self._run_id, inputs)
-        self._inputs += len(records)
-
-    def _send_metrics(self) -> None:
-        points, end = self.run.read_metrics(self._metrics_end)
-        self._log_metrics(points, _METRICS)
-        self._metrics_end = end
 
     def _log_metrics(self, points: Sequence[MetricPoint], size: int, model_id: str | None = None) -> None:
         from mlflow.entities import Metric
 
-        for batch in _batches(points, size):
-            metrics = [
-                Metric(point.name, point.value, point.timestamp_ms, point.step, model_id=model_id, run_id=self._run_id)
-                for point in batch
-            ]
-            self._connection.client.log_batch(self._run_id, metrics=metrics)
+        metrics = [
+            Metric(point.name, point.value, point.timestamp_ms, point.step, model_id=model_id, run_id=self._run_id)
+            for point in points
+        ]
+        for batch in _batches(metrics, size):
+            self._connection.client.log_batch(self._run_id, metrics=batch)
 
-    def _send_artifacts(self) -> None:
-        root = self.run.path / "artifacts"
-        for name, stamp in _stamps(root).items():
-            if self._artifacts.get(name) == stamp:
-                continue
-            folder = Path(name).parent.as_posix()
-            self._connection.client.log_artifact(self._run_id, str(root / name), None if folder == "." else folder)
-            self._artifacts[name] = stamp
-
-    def _send_models(self) -> None:
-        upload = self.run.state.uploads[self._uri]
-        for name in self.run.state.models:
-            stamps = _stamps(self.run.path / "models" / name)
-            if self._models.get(name) != stamps:
-                upload.models[name] = self._send_model(name)
-                self.run.save()
-                self._models[name] = stamps
-        if self.run.state.status == RUNNING:
-            return
-        scores = [point for point in self.run.last_points() if point.name.startswith(("val/", "test/"))]
-        for model_id in set(upload.models.values()) - self._linked:
-            self._log_metrics(scores, _MODEL_METRICS, model_id)
-            self._linked.add(model_id)
-
-    def _send_model(self, name: str) -> str:
+    def _send_model(self, name: str) -> None:
         from mlflow.entities import LoggedModelOutput
 
-        client, source = self._connection.client, self.run.path / "models" / name
+        client, source = self._connection.client, self.run.folder / "models" / name
         run = client.get_run(self._run_id)
         digest = folder_digest(source)
         models = client.search_logged_models(
@@ -260,17 +229,24 @@ class RunUploader:
             if model_id not in {output.model_id for output in outputs}:
                 client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step=0)])
             client.finalize_logged_model(model_id, "READY")
-        return model_id
+        self._models[name] = model_id
 
     def _send_status(self) -> None:
         state = self.run.state
-        if state.status == self._status:
-            return
         if state.status == RUNNING:
             self._connection.client.update_run(self._run_id, status=RUNNING)
         else:
             self._connection.client.set_terminated(self._run_id, state.status, state.end_ms)
-        self._status = state.status
+
+
+@contextmanager
+def _upload_errors(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (UploadError, StocktakeError):
+        raise
+    except Exception as error:
+        raise UploadError(f"{part}: {brief(error)}") from error
 
 
 def ensure_experiment(connection: Connection, name: str) -> str:
