@@ -16,7 +16,7 @@ from PIL import Image
 
 from stocktake.cli import main
 
-pytest_plugins = ["sagemaker_local.pytest_plugin", "emulated_aws"]
+pytest_plugins = ["sagemaker_local.pytest_plugin", "emulated_aws", "tracking_server"]
 EXIF_ORIENTATION = 0x0112
 
 

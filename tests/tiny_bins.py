@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from stocktake.models.majority import fit_majority
 from stocktake.models.network import create_network
 from stocktake.models.pca_svm import fit_pca_svm
 from stocktake.stages.prepare import PreparedData, prepare_data
-from stocktake.tracking.addresses import Stores
-from stocktake.tracking.connection import Connection
 
 TINY_BINS = 96
 TINY_SIZE = 32
@@ -112,17 +109,3 @@ def few_bins(tiny_bench: PreparedData) -> PreparedData:
     bins = tiny_bench.manifest.bins
     few = bins[bins.groupby(["split", "quantity"]).cumcount() < 4].reset_index(drop=True)
     return replace(tiny_bench, manifest=replace(tiny_bench.manifest, bins=few))
-
-
-@pytest.fixture
-def sqlite_store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The current folder, with an empty store laid out in it: MLflow needs seconds for a fresh one."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    laid_out = tmp_path_factory.getbasetemp() / "laid-out.db"
-    if not laid_out.exists():
-        Connection(Stores(f"sqlite:///{laid_out}", f"sqlite:///{laid_out}")).open()
-    shutil.copy(laid_out, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"

@@ -1,4 +1,4 @@
-"""A real `mlflow server` in another process, over a SQLite store that is laid out once a session."""
+"""Fixtures of tests that talk to MLflow: an empty SQLite store, a real `mlflow server` in another process, a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -89,12 +89,46 @@ class TrackingServer:
             self.process = None
 
 
-def lay_out_store(factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file to copy: laying out a fresh one takes MLflow seconds, and once a session is enough."""
-    path = factory.getbasetemp() / "laid-out.db"
-    if not path.exists():
-        from stocktake.tracking.addresses import Stores
-        from stocktake.tracking.connection import Connection
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file to copy: laying out a fresh one takes MLflow seconds."""
+    from stocktake.tracking.addresses import Stores
+    from stocktake.tracking.connection import Connection
 
-        Connection(Stores(f"sqlite:///{path}", f"sqlite:///{path}")).open()
+    path = tmp_path_factory.mktemp("laid-out") / "empty.db"
+    Connection(Stores(f"sqlite:///{path}", f"sqlite:///{path}")).open()
     return path
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this checkout's stores nor the environment's are seen."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "")  # so that it is put back even if the test sets it
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def sqlite_store(empty_store: Path, in_empty_folder: None, tmp_path: Path) -> str:
+    """The URI of an empty store, which is the current folder's default one."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def server(empty_store: Path, tmp_path: Path) -> Iterator[TrackingServer]:
+    with TrackingServer(tmp_path / "server", empty_store) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved MLflow model that only has to be there."""
+    folder = tmp_path_factory.mktemp("saved") / "m"
+    (folder / "data").mkdir(parents=True)
+    (folder / "MLmodel").write_text(MLMODEL)
+    (folder / "data" / "weights.bin").write_bytes(b"w" * 1000)
+    return folder

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from sagemaker_local.server import Emulator, EmulatorError
     except ModuleNotFoundError as error:
-        _exit(f"{error.name} is not installed: pip install 'moto[server]' optuna filelock")
+        _exit(f"{error.name} is not installed: pip install 'moto[server]' optuna")
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from filelock import FileLock, Timeout
 from moto.moto_server import werkzeug_app
 from werkzeug.serving import make_server
 
@@ -30,7 +27,6 @@ BUCKET = "sagemaker-local"
 ROLE = "sagemaker-local"
 """A bucket and a role that are there from the start."""
 _PREFIX = "sagemaker-local-"
-_LOCK = "server.lock"
 _WATCHDOG = """
 import os, shutil, sys, time
 sys.stdin.read()
@@ -71,13 +67,10 @@ class Emulator:
         endpoint = "http://{}:{}".format(*listener.getsockname())
         with listener:  # the server has a copy of its own
             state = (state or Path(tempfile.gettempdir())).absolute()
-            remove_stale(state)
             try:
                 folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=state))
             except OSError as error:
                 raise EmulatorError(f"--state {state}: {error.strerror}; name a folder that can be written") from None
-            self._lock = FileLock(folder / _LOCK)
-            self._lock.acquire(blocking=False)
             command = [sys.executable, "-I", "-S", "-c", _WATCHDOG, str(folder)]
             self._watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
             self.context = EmulatorContext(
@@ -116,7 +109,6 @@ class Emulator:
         self.context.close()
         self._server.shutdown()
         self._watchdog.communicate()
-        self._lock.release()
 
     def __enter__(self) -> Emulator:
         return self
@@ -141,18 +133,6 @@ class Emulator:
         )
         iam.put_role_policy(RoleName=ROLE, PolicyName="everything", PolicyDocument=_policy("*", Resource="*"))
         return str(role["Role"]["Arn"])
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove what emulators left in `folder` when the machine went down; a living one holds its lock."""
-    for stale in folder.glob(f"{_PREFIX}*"):
-        if not (stale / _LOCK).exists() or not os.access(stale, os.W_OK):
-            continue
-        try:
-            with FileLock(stale / _LOCK, blocking=False):
-                shutil.rmtree(stale, ignore_errors=True)
-        except Timeout:
-            continue
 
 
 def _policy(action: str, **statement: Any) -> str:

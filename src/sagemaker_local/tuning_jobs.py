@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import statistics
 import warnings
 import zlib
 from collections import Counter
@@ -44,8 +43,10 @@ class Trial:
     job: TrainingJob
     hyperparameters: dict[str, str]
     """Those that were chosen."""
+    reported: int = 0
+    """Values that optuna knows."""
     is_recorded: bool = False
-    """True once its end was told to optuna."""
+    """True once optuna knows its end."""
 
 
 class TuningJob(Job):
@@ -129,12 +130,14 @@ class TuningJob(Job):
         study = self._study()
         early = self.config.get("TrainingJobEarlyStoppingType") == "Auto" or self.config["Strategy"] == "Hyperband"
         while True:
-            for trial in self.trials:
-                if trial.job.has_ended and not trial.is_recorded:
+            for trial in [trial for trial in self.trials if not trial.is_recorded]:
+                has_ended = trial.job.has_ended
+                is_hopeless = self._is_hopeless(trial)
+                if has_ended:
                     trial.is_recorded = True
                     value = self.value(trial)
                     study.tell(trial.trial, value, state=TrialState.FAIL if value is None else None)
-                elif self._stopping.is_set() or (early and self._is_hopeless(trial)):
+                elif self._stopping.is_set() or (early and is_hopeless):
                     trial.job.stop()
             running = sum(not trial.is_recorded for trial in self.trials)
             is_over = self._stopping.is_set() or len(self.trials) >= most
@@ -174,7 +177,9 @@ class TuningJob(Job):
             if self.config["Strategy"] == "Bayesian"
             else optuna.samplers.RandomSampler(seed=seed)
         )
-        study = optuna.create_study(sampler=sampler, direction="maximize" if self.maximizes else "minimize")
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=_LEAST_FOR_MEDIAN)
+        direction = "maximize" if self.maximizes else "minimize"
+        study = optuna.create_study(sampler=sampler, pruner=pruner, direction=direction)
         distributions = distributions_of(self.config["ParameterRanges"])
         for name in _parents(self._request):
             parent = cast("TuningJob", self._backend.hyper_parameter_tuning_jobs[name])
@@ -193,18 +198,13 @@ class TuningJob(Job):
         return study
 
     def _is_hopeless(self, trial: Trial) -> bool:
-        """Apply SageMaker's median rule: worse than the median of what ended jobs had on average up to this point."""
-        values = list(trial.job.metrics.values.get(self.metric, []))
-        others = [
-            list(other.job.metrics.values[self.metric])
-            for other in self.trials
-            if other.is_recorded and self.metric in other.job.metrics.values
-        ]
-        if not values or len(others) < _LEAST_FOR_MEDIAN or trial.job.has_ended:
-            return False
-        median = statistics.median(statistics.fmean(other[: len(values)]) for other in others)
-        best = max(values) if self.maximizes else min(values)
-        return best < median if self.maximizes else best > median
+        """Report what a trial has measured; True if it is worse than the median of the ended ones at that point."""
+        values = trial.job.metrics.values.get(self.metric, [])
+        for step in range(trial.reported, len(values)):
+            if math.isfinite(values[step]):
+                trial.trial.report(values[step], step)
+        trial.reported = len(values)
+        return not trial.job.has_ended and trial.trial.should_prune()
 
 
 def distributions_of(ranges: dict[str, Any]) -> dict[str, Any]:

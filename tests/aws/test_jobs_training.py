@@ -27,7 +27,7 @@ from stocktake.config.aws import JobsConfig
 from stocktake.config.data import SplitConfig
 from stocktake.config.runs import EvaluateConfig, TrackingConfig
 from tiny_bins import tiny_root
-from tracking_server import TrackingServer, lay_out_store
+from tracking_server import TrackingServer
 
 __all__ = ["tiny_root"]
 pytestmark = [pytest.mark.aws, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -71,11 +71,11 @@ class Proxy:
 
 @pytest.fixture(scope="module")
 def site(
-    emulator: EmulatedAws, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+    emulator: EmulatedAws, rights: Any, tiny_root: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("training")
     with (
-        TrackingServer(folder / "server", lay_out_store(tmp_path_factory)) as server,
+        TrackingServer(folder / "server", empty_store) as server,
         make_site(emulator, rights, tiny_root, folder, server.uri) as site,
     ):
         yield site

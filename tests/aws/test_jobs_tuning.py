@@ -23,7 +23,6 @@ from stocktake.config.aws import JobsConfig
 from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from tiny_bins import PLAIN_BACKBONE, tiny_root
-from tracking_server import lay_out_store
 
 __all__ = ["tiny_root"]
 pytestmark = [pytest.mark.aws, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -38,10 +37,10 @@ SPACE = {
 
 @pytest.fixture(scope="module")
 def site(
-    emulator: EmulatedAws, rights: Any, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+    emulator: EmulatedAws, rights: Any, tiny_root: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("tuning")
-    (folder / "mlflow.db").write_bytes(lay_out_store(tmp_path_factory).read_bytes())
+    (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
     with make_site(emulator, rights, tiny_root, folder, f"sqlite:///{folder}/mlflow.db") as site:
         yield site
 
@@ -139,10 +138,8 @@ def test_following_it_again_from_elsewhere_changes_nothing(
     assert "Completed, 2 of 2 trials" in lines[0]
 
 
-def test_another_store_is_refused_by_name(
-    site: Site, searched: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    (tmp_path / "other.db").write_bytes(lay_out_store(tmp_path_factory).read_bytes())
+def test_another_store_is_refused_by_name(site: Site, searched: Run, tmp_path: Path, empty_store: Path) -> None:
+    (tmp_path / "other.db").write_bytes(empty_store.read_bytes())
     other = TrackingConfig(uri=f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(StocktakeError, match=r"--tracking\.uri"):
         jobs(JobsConfig(follow=searched.data.tags["job.name"], workspace=str(tmp_path), tracking=other))

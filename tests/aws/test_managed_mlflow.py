@@ -25,7 +25,7 @@ from stocktake.errors import StocktakeError
 from stocktake.tracking.addresses import Stores
 from stocktake.tracking.connection import Connection
 from tiny_bins import tiny_root
-from tracking_server import TrackingServer, lay_out_store
+from tracking_server import TrackingServer
 
 __all__ = ["tiny_root"]
 pytestmark = [pytest.mark.aws, pytest.mark.slow]
@@ -44,22 +44,22 @@ class Gateway:
 
 
 @pytest.fixture(scope="module")
-def gateway(emulator: EmulatedAws, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(emulator: EmulatedAws, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """Before a real `mlflow server` whose artifacts lie in the bucket, as a managed one's do."""
     artifacts = ["--no-serve-artifacts", "--default-artifact-root", f"s3://{emulator.bucket}/managed"]
     folder = tmp_path_factory.mktemp("managed")
     secret = emulator.environment["AWS_SECRET_ACCESS_KEY"]
-    with TrackingServer(folder, lay_out_store(tmp_path_factory), artifacts, emulator.environment) as behind:
+    with TrackingServer(folder, empty_store, artifacts, emulator.environment) as behind:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if (trouble := _trouble(self.command, self.path, self.headers, body, secret)) is not None:
-                    told.refused.append(f"{self.command} {self.path}: {trouble}")
-                    return self._answer(403, {}, trouble.encode())
-                told.signers.add(self.headers["Authorization"].partition("Credential=")[2].partition("/")[0])
+                if (fault := _signature_fault(self.command, self.path, self.headers, body, secret)) is not None:
+                    seen.refused.append(f"{self.command} {self.path}: {fault}")
+                    return self._answer(403, {}, fault.encode())
+                seen.signers.add(self.headers["Authorization"].partition("Credential=")[2].partition("/")[0])
                 connection = http.client.HTTPConnection("127.0.0.1", behind.port, timeout=60)
                 connection.request(self.command, self.path, body, {"Content-Type": "application/json"})
                 answer = connection.getresponse()
@@ -79,21 +79,21 @@ def gateway(emulator: EmulatedAws, tmp_path_factory: pytest.TempPathFactory) -> 
                 """Nothing."""
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        told = Gateway(f"http://127.0.0.1:{server.server_port}")
+        seen = Gateway(f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield told
+        yield seen
         server.shutdown()
         server.server_close()
 
 
-def _trouble(method: str, path: str, headers: http.client.HTTPMessage, body: bytes, secret: str) -> str | None:
+def _signature_fault(method: str, path: str, headers: http.client.HTTPMessage, body: bytes, secret: str) -> str | None:
     """What AWS would say of a request's signature; a role's secret is not known here."""
-    given = headers.get("Authorization", "")
-    if not given.startswith("AWS4-HMAC-SHA256 Credential="):
+    authorization = headers.get("Authorization", "")
+    if not authorization.startswith("AWS4-HMAC-SHA256 Credential="):
         return "Missing Authentication Token"
     if headers.get("x-mlflow-sm-tracking-server-arn") != ARN:
         return "no tracking server is named"
-    parts = dict(part.split("=", 1) for part in given.removeprefix("AWS4-HMAC-SHA256 ").split(", "))
+    parts = dict(part.split("=", 1) for part in authorization.removeprefix("AWS4-HMAC-SHA256 ").split(", "))
     key, _, region, service, _ = parts["Credential"].split("/")
     if (region, service) != ("us-east-1", "sagemaker-mlflow"):
         return f"Credential should be scoped to sagemaker-mlflow, not {service} in {region}"
@@ -105,8 +105,8 @@ def _trouble(method: str, path: str, headers: http.client.HTTPMessage, body: byt
     request = AWSRequest(method, f"http://{headers['Host']}{path}", headers=signed, data=body)
     request.context["timestamp"] = headers["X-Amz-Date"]
     auth = SigV4Auth(Credentials(key, secret), service, region)
-    told = auth.string_to_sign(request, auth.canonical_request(request))
-    if auth.signature(told, request) != parts["Signature"]:
+    text = auth.string_to_sign(request, auth.canonical_request(request))
+    if auth.signature(text, request) != parts["Signature"]:
         return "The request signature we calculated does not match the signature you provided"
     return None
 
@@ -138,7 +138,7 @@ def test_a_run_is_logged_through_the_arn(managed: Gateway, emulator: EmulatedAws
     assert run.data.metrics["test/accuracy"] == pytest.approx(10 / 18)
     assert run.info.artifact_uri.startswith(f"s3://{emulator.bucket}/managed/")
     assert "evaluation/test_confusion_matrix.png" in [
-        one.path for one in client.list_artifacts(run.info.run_id, "evaluation")
+        artifact.path for artifact in client.list_artifacts(run.info.run_id, "evaluation")
     ]
     (model,) = client.search_logged_models([run.info.experiment_id])
     assert str(model.status) == "READY"
@@ -188,8 +188,8 @@ def test_a_managed_server_that_is_away_is_named(managed: Gateway, monkeypatch: p
 
 def test_another_store_in_between_changes_nothing(managed: Gateway, tmp_path: Path) -> None:
     connection, other = Connection(Stores(ARN, ARN)), Connection(Stores(*[f"sqlite:///{tmp_path}/mlflow.db"] * 2))
-    for one in (connection, other, connection):
-        one.client.search_experiments(max_results=1)
+    for store in (connection, other, connection):
+        store.client.search_experiments(max_results=1)
     other.open()
     assert connection.health_check() is None
     assert managed.refused == []

@@ -44,7 +44,7 @@ OF_SAGEMAKER = {
 
 def called_actions(folder: Path) -> set[str]:
     """IAM's names of what the source asks of boto3's clients."""
-    found = set()
+    actions = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
@@ -55,8 +55,8 @@ def called_actions(folder: Path) -> set[str]:
                 method = node.func.attr
                 if method == "get_paginator":
                     method = ast.literal_eval(node.args[0])
-                found |= _actions(CLIENTS[name], method)
-    return found
+                actions |= _actions(CLIENTS[name], method)
+    return actions
 
 
 def _actions(service: str, method: str) -> set[str]:

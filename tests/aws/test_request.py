@@ -77,10 +77,10 @@ def test_every_setting_arrives() -> None:
 def test_an_experiment_goes_along_as_parameters(tmp_path: Path) -> None:
     experiment = tmp_path / "mine.yaml"
     experiment.write_text("epochs: 7\nlr: 1e-3\nsplit: {fractions: [0.7, 0.2, 0.1]}\ntraining: {world_size: null}\n")
-    given = request_of(experiment=str(experiment), epochs="2")["HyperParameters"]
-    assert "experiment" not in given
-    assert given["epochs"] == "2", "what is given on the command line wins"
-    command, arguments = as_arguments(given, Path("/opt/ml/input/data"))
+    hyperparameters = request_of(experiment=str(experiment), epochs="2")["HyperParameters"]
+    assert "experiment" not in hyperparameters
+    assert hyperparameters["epochs"] == "2", "what is given on the command line wins"
+    command, arguments = as_arguments(hyperparameters, Path("/opt/ml/input/data"))
     config = parse(command, arguments)
     assert (config.epochs, config.lr, config.split.fractions) == (2, 1e-3, (0.7, 0.2, 0.1))
 
@@ -96,8 +96,8 @@ def test_a_file_of_this_machine_becomes_a_channel(tmp_path: Path) -> None:
 
 
 def test_what_the_tuner_adds_is_no_argument() -> None:
-    given = {"command": "finetune", "lr": "0.1", "_tuning_objective_metric": "x", "sagemaker_program": "y"}
-    assert as_arguments(given, Path("/data")) == ("finetune", ["--lr", "0.1"])
+    hyperparameters = {"command": "finetune", "lr": "0.1", "_tuning_objective_metric": "x", "sagemaker_program": "y"}
+    assert as_arguments(hyperparameters, Path("/data")) == ("finetune", ["--lr", "0.1"])
 
 
 @pytest.mark.parametrize(

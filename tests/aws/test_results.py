@@ -18,9 +18,7 @@ from stocktake.aws.jobs import Job
 from stocktake.aws.results import collect_results, download_results
 from stocktake.config.runs import TrackingConfig
 from stocktake.tracking.local_store import LocalRun
-from tiny_bins import sqlite_store
 
-__all__ = ["sqlite_store"]
 pytestmark = pytest.mark.aws
 
 

@@ -11,12 +11,14 @@ import pytest
 from stocktake.aws.settings import read_job_settings
 from stocktake.errors import StocktakeError
 
-GIVEN = {"role": "arn:aws:iam::123456789012:role/jobs", "bucket": "s3://some-bucket/stocktake/", "image": "image:1"}
+REQUIRED = {"role": "arn:aws:iam::123456789012:role/jobs", "bucket": "s3://some-bucket/stocktake/", "image": "image:1"}
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def test_comments_and_mlflows_additions_are_no_settings() -> None:
-    settings = read_job_settings({**GIVEN, "async": True, "_": "a comment", "SYNCHRONOUS": False, "docker_auth": None})
+    settings = read_job_settings(
+        {**REQUIRED, "async": True, "_": "a comment", "SYNCHRONOUS": False, "docker_auth": None}
+    )
     assert settings.async_
     assert settings.prefix == "s3://some-bucket/stocktake"
     assert settings.instance_count == 1
@@ -24,7 +26,7 @@ def test_comments_and_mlflows_additions_are_no_settings() -> None:
 
 
 def test_spot_waits_an_hour_by_default() -> None:
-    spot = GIVEN | {"spot": True, "max_run_seconds": 600}
+    spot = REQUIRED | {"spot": True, "max_run_seconds": 600}
     assert read_job_settings(spot).wait_seconds == 4200
     assert read_job_settings(spot | {"max_wait_seconds": 700}).wait_seconds == 700
 
@@ -57,18 +59,18 @@ def test_spot_waits_an_hour_by_default() -> None:
 )
 def test_a_wrong_value_is_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(StocktakeError) as refused:
-        read_job_settings(GIVEN | change)
+        read_job_settings(REQUIRED | change)
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_password_in_an_address_is_not_shown() -> None:
     with pytest.raises(StocktakeError) as refused:
-        read_job_settings(GIVEN | {"tracking_uri": "postgresql://me:secret@host/mlflow"})
+        read_job_settings(REQUIRED | {"tracking_uri": "postgresql://me:secret@host/mlflow"})
     assert "secret" not in str(refused.value)
 
 
-def test_what_must_be_given_is_named() -> None:
+def test_a_missing_setting_is_named() -> None:
     with pytest.raises(StocktakeError, match="role, image"):
         read_job_settings({"bucket": "s3://some-bucket"})
     with pytest.raises(StocktakeError, match=r"deploy/sagemaker\.yaml"):
@@ -79,4 +81,4 @@ def test_the_shipped_settings_lack_only_the_account() -> None:
     shipped = json.loads((DEPLOY / "sagemaker.json").read_text())
     with pytest.raises(StocktakeError, match="role"):
         read_job_settings(shipped)
-    assert read_job_settings(shipped | GIVEN).spot
+    assert read_job_settings(shipped | REQUIRED).spot

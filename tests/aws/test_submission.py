@@ -22,12 +22,10 @@ from mlflow.projects.backend import loader
 
 from emulated_aws import EmulatedAws, eventually
 from faulty_aws import FaultyAws
-from tiny_bins import sqlite_store
 
-__all__ = ["sqlite_store"]
 pytestmark = pytest.mark.aws
 PROJECT = Path(__file__).parents[2]
-GIVEN = {"role": "arn:aws:iam::123456789012:role/jobs", "bucket": "s3://some-bucket/here", "image": "image:1"}
+REQUIRED = {"role": "arn:aws:iam::123456789012:role/jobs", "bucket": "s3://some-bucket/here", "image": "image:1"}
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def test_refused_before_anything_is_sent(
     experiment = client.create_experiment("refused")
     backend = loader.load_backend("sagemaker")
     with pytest.raises(ExecutionException) as refused:
-        backend.run(str(PROJECT), "finetune", parameters, None, GIVEN | change, sqlite_store, experiment)
+        backend.run(str(PROJECT), "finetune", parameters, None, REQUIRED | change, sqlite_store, experiment)
     assert named in str(refused.value)
     assert client.search_runs([experiment]) == [], "nothing was begun"
 
@@ -67,7 +65,7 @@ def test_a_missing_region_is_said(sqlite_store: str, nowhere: None, monkeypatch:
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     backend = loader.load_backend("sagemaker")
     with pytest.raises(ExecutionException, match="AWS_DEFAULT_REGION"):
-        backend.run(str(PROJECT), "finetune", {}, None, GIVEN, sqlite_store, "0")
+        backend.run(str(PROJECT), "finetune", {}, None, REQUIRED, sqlite_store, "0")
 
 
 class Account:

@@ -73,14 +73,14 @@ def test_whatever_sagemaker_chooses_is_of_the_space(data: st.DataObject) -> None
     space = SPACE_WRITTEN
     chosen = {"_tuning_objective_metric": "val/macro_f1", "stage": "finetune"}
     for kind, ranges in parameter_ranges(space).items():
-        for one in ranges:
+        for bounds in ranges:
             if kind == "CategoricalParameterRanges":
-                chosen[one["Name"]] = data.draw(st.sampled_from(one["Values"]))
+                chosen[bounds["Name"]] = data.draw(st.sampled_from(bounds["Values"]))
             elif kind == "IntegerParameterRanges":
-                chosen[one["Name"]] = str(data.draw(st.integers(int(one["MinValue"]), int(one["MaxValue"]))))
+                chosen[bounds["Name"]] = str(data.draw(st.integers(int(bounds["MinValue"]), int(bounds["MaxValue"]))))
             else:
-                number = data.draw(st.floats(float(one["MinValue"]), float(one["MaxValue"])))
-                chosen[one["Name"]] = data.draw(st.sampled_from([repr(number), f"{number:.17g}", f"{number:.20f}"]))
+                number = data.draw(st.floats(float(bounds["MinValue"]), float(bounds["MaxValue"])))
+                chosen[bounds["Name"]] = data.draw(st.sampled_from([repr(number), f"{number:.17g}", f"{number:.20f}"]))
     settings = chosen_settings(space, chosen)
     assert space.params_of(settings) is not None, settings
     assert settings["batch_size"] in (16, 32, 48, 64)
@@ -117,7 +117,7 @@ def test_a_trial_gets_its_command_line(stage: str, tmp_path: Path) -> None:
     (tmp_path / "files" / SPACE).write_bytes(checked.files[SPACE])
     chosen = {}
     for ranges in parameter_ranges(space).values():
-        chosen |= {one["Name"]: one.get("MinValue") or one["Values"][0] for one in ranges}
+        chosen |= {bounds["Name"]: bounds.get("MinValue") or bounds["Values"][0] for bounds in ranges}
     command, arguments = as_arguments(checked.hyperparameters | chosen | {"_tuning_objective_metric": "x"}, tmp_path)
     assert command == "remote_trial"
     config = parse(command, arguments)

@@ -11,7 +11,7 @@ from stocktake.errors import StocktakeError
 from stocktake.tracking.leaderboard import COLUMNS, as_markdown
 from stocktake.tracking.runs import start_run
 
-pytestmark = pytest.mark.usefixtures("store")
+pytestmark = pytest.mark.usefixtures("sqlite_store")
 QUIET = TrackingConfig(system_metrics=False)
 
 

@@ -226,7 +226,7 @@ def test_impossible_settings_are_refused_at_once(settings: dict[str, Any], named
 
 
 @pytest.mark.usefixtures("nothing_started")
-def test_a_port_in_use_is_told_at_once() -> None:
+def test_a_port_in_use_is_named_at_once() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -236,14 +236,14 @@ def test_a_port_in_use_is_told_at_once() -> None:
 
 
 @pytest.mark.usefixtures("nothing_started")
-def test_fewer_gpus_than_processes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_gpus_than_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(StocktakeError, match=r'2 processes on a machine with 1 GPU: .* CUDA_VISIBLE_DEVICES=""'):
         launch(["train"], nproc=2)
 
 
-def test_machines_that_do_not_come_are_told() -> None:
+def test_machines_that_do_not_come_are_named() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -294,7 +294,7 @@ def test_a_command_for_one_process_refuses_several(
     )
 
 
-def test_bins_that_differ_between_machines_are_told(tiny_root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_bins_that_differ_between_machines_are_named(tiny_root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("stocktake.distributed.gather", lambda value: [value, "another"])
     config = FinetuneConfig(
         root=str(tiny_root),

@@ -59,7 +59,7 @@ def test_results_lie_where_sagemaker_collects_them(container: Callable[..., Path
     (run,) = (base / "output" / "data" / "runs").iterdir()
     folder = LocalRun.open(run)
     assert folder.state.status == FINISHED
-    assert folder.state.attach_run_id == RUN_ID, "it belongs to the run that it was given"
+    assert folder.state.attach_run_id == RUN_ID, "it is the run of MLFLOW_RUN_ID"
     assert folder.run_id is None, "no server was given"
     assert folder.final_metrics()["test/n"] > 0
     assert (base / "model" / "MLmodel").is_file()
@@ -94,11 +94,11 @@ def test_a_trial_of_a_tuning_job_keeps_its_run_to_itself(
 
 
 @pytest.mark.slow
-def test_what_the_command_says_last_is_the_failure(container: Callable[..., Path]) -> None:
+def test_the_failure_is_the_last_line_of_the_command(container: Callable[..., Path]) -> None:
     base = container(command="majority", **TINY | {"task": "7-9"})
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         job(JobConfig(base=str(base)))
-    assert left.value.code == 2
+    assert exited.value.code == 2
     assert "7-9" in (base / "output" / "failure").read_text()
 
 
@@ -126,7 +126,7 @@ def test_sigterm_ends_the_run_as_killed_with_a_checkpoint(container: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("hyperparameters", "told"),
+    ("hyperparameters", "named"),
     [
         ({}, "the hyperparameter command is ''"),
         ({"command": "promote"}, "the hyperparameter command is 'promote'"),
@@ -135,13 +135,13 @@ def test_sigterm_ends_the_run_as_killed_with_a_checkpoint(container: Callable[..
     ],
 )
 def test_a_job_that_was_put_together_wrongly_says_so(
-    container: Callable[..., Path], hyperparameters: dict[str, str], told: str
+    container: Callable[..., Path], hyperparameters: dict[str, str], named: str
 ) -> None:
     base = container(**hyperparameters)
     with pytest.raises(StocktakeError) as refused:
         job(JobConfig(base=str(base)))
-    assert told in str(refused.value)
-    assert told in (base / "output" / "failure").read_text()
+    assert named in str(refused.value)
+    assert named in (base / "output" / "failure").read_text()
 
 
 def test_no_container_is_said(stocktake: Callable[..., Any], tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_a_run_without_a_checkpoint_is_begun_again(tmp_path: Path, monkeypatch: 
     finished, begun = (LocalRun.create(tmp_path, name=name, **made) for name in ("finished", "begun"))
     finished.finish(FINISHED, None)
     assert unfinished_run(tmp_path) is None
-    assert finished.path.exists()
-    assert not begun.path.exists(), "two folders for one run would say two things"
+    assert finished.folder.exists()
+    assert not begun.folder.exists(), "two folders for one run would say two things"
 
 
 def _eventually(condition: Callable[[], bool]) -> None:

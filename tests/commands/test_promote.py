@@ -20,8 +20,6 @@ from stocktake.commands.ladder import ladder
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.training import HeadConfig, LadderConfig, PcaSvmConfig
 from stocktake.models.backbones import create_backbone
-from stocktake.tracking.addresses import Stores
-from stocktake.tracking.connection import Connection
 from tiny_bins import PLAIN_BACKBONE
 
 pytestmark = pytest.mark.slow
@@ -53,7 +51,9 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def laddered(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def laddered(
+    tiny_settings: dict[str, Any], empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A folder with the store and the files of a ladder of majority, classical and frozen."""
     folder = tmp_path_factory.mktemp("laddered")
     before = Path.cwd()
@@ -61,10 +61,7 @@ def laddered(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFac
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
         patch.delenv(name, raising=False)
     patch.chdir(folder)
-    laid_out = tmp_path_factory.getbasetemp() / "laid-out.db"
-    if not laid_out.exists():
-        Connection(Stores(f"sqlite:///{laid_out}", f"sqlite:///{laid_out}")).open()
-    shutil.copy(laid_out, folder / "mlflow.db")
+    shutil.copy(empty_store, folder / "mlflow.db")
     config = LadderConfig(
         **{**tiny_settings, "tracking": TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)},
         workspace="workspace",

@@ -17,7 +17,7 @@ from stocktake.errors import StocktakeError
 from stocktake.tracking.local_store import LocalRun
 from stocktake.tracking.runs import start_run
 
-pytestmark = pytest.mark.usefixtures("store")
+pytestmark = pytest.mark.usefixtures("sqlite_store")
 OFFLINE = TrackingConfig(offline=True, system_metrics=False)
 WORKSPACE = Path("workspace")
 
@@ -33,13 +33,13 @@ def _offline_runs() -> tuple[Path, Path]:
     return run.folder, child.folder
 
 
-def test_an_offline_run_is_uploaded_once(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_offline_run_is_uploaded_once(sqlite_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     parent, child = _offline_runs()
     assert sync(SyncConfig()) == {"uploaded": 2, "pending": 0, "running": 0, "complete": 0}
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out] == [parent.name, child.name]
     assert sync(SyncConfig()) == {"uploaded": 0, "pending": 0, "running": 0, "complete": 2}
-    client = mlflow.MlflowClient(store)
+    client = mlflow.MlflowClient(sqlite_store)
     experiment = client.get_experiment_by_name("stocktake").experiment_id
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     assert set(runs) == {"ladder", "frozen"}
@@ -52,14 +52,14 @@ def test_an_offline_run_is_uploaded_once(store: str, capsys: pytest.CaptureFixtu
     assert [file.path for file in client.list_artifacts(runs["frozen"].info.run_id)] == ["a.txt"]
 
 
-def test_results_that_come_home_from_elsewhere(store: str, tmp_path: Path) -> None:
+def test_runs_that_were_moved_here_are_uploaded(sqlite_store: str, tmp_path: Path) -> None:
     parent, _ = _offline_runs()
     shutil.move(WORKSPACE, tmp_path / "home")
     assert sync(SyncConfig(workspace=str(tmp_path / "home")))["uploaded"] == 2
-    assert LocalRun.open(tmp_path / "home" / "runs" / parent.name).state.uploads.keys() == {store}
+    assert LocalRun.open(tmp_path / "home" / "runs" / parent.name).state.uploads.keys() == {sqlite_store}
 
 
-def test_two_syncs_at_once_upload_once(store: str) -> None:
+def test_two_syncs_at_once_upload_once(sqlite_store: str) -> None:
     _offline_runs()
     counts: list[dict[str, int]] = []
     threads = [threading.Thread(target=lambda: counts.append(sync(SyncConfig()))) for _ in range(2)]
@@ -67,12 +67,12 @@ def test_two_syncs_at_once_upload_once(store: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(one["uploaded"] for one in counts) == [0, 2]
-    client = mlflow.MlflowClient(store)
+    assert sorted(count["uploaded"] for count in counts) == [0, 2]
+    client = mlflow.MlflowClient(sqlite_store)
     assert len(client.search_runs([client.get_experiment_by_name("stocktake").experiment_id])) == 2
 
 
-def test_a_run_created_by_an_attempt_whose_answer_was_lost_is_found_again(store: str) -> None:
+def test_a_run_created_by_an_attempt_whose_answer_was_lost_is_found_again(sqlite_store: str) -> None:
     _, child = _offline_runs()
     sync(SyncConfig())
     folder = LocalRun.open(child)
@@ -96,7 +96,7 @@ with start_run(offline, workspace=Path("workspace"), name="a", tags={}) as run:
 """
 
 
-def test_a_run_whose_process_died_is_closed(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_process_died_is_closed(sqlite_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.Popen([sys.executable, "-c", DYING])
     while not Path("ready").exists():
         assert process.poll() is None
@@ -106,7 +106,7 @@ def test_a_run_whose_process_died_is_closed(store: str, capsys: pytest.CaptureFi
     process.kill()
     process.wait()
     assert sync(SyncConfig())["uploaded"] == 1
-    client = mlflow.MlflowClient(store)
+    client = mlflow.MlflowClient(sqlite_store)
     (run,) = client.search_runs([client.get_experiment_by_name("stocktake").experiment_id])
     assert run.info.status == "KILLED"
     assert str(process.pid) in run.data.tags["failure"]
@@ -115,7 +115,7 @@ def test_a_run_whose_process_died_is_closed(store: str, capsys: pytest.CaptureFi
     assert json.loads((folder / "result.json").read_text())["status"] == "KILLED"
 
 
-def test_one_broken_folder_does_not_stop_the_others(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_broken_folder_does_not_stop_the_others(sqlite_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     parent, child = _offline_runs()
     broken = WORKSPACE / "runs" / "a-broken"
     broken.mkdir()
@@ -127,11 +127,11 @@ def test_one_broken_folder_does_not_stop_the_others(store: str, capsys: pytest.C
     assert LocalRun.open(child).is_uploaded()
 
 
-def test_another_store_takes_a_child_with_its_parent(store: str, tmp_path: Path) -> None:
+def test_another_store_takes_a_child_with_its_parent(sqlite_store: str, empty_store: Path, tmp_path: Path) -> None:
     parent, child = _offline_runs()
     sync(SyncConfig())
     LocalRun.open(child).set_tags({"later": "yes"})
-    shutil.copy(tmp_path.parent / "laid-out.db", tmp_path / "other.db")
+    shutil.copy(empty_store, tmp_path / "other.db")
     other = f"sqlite:///{tmp_path}/other.db"
     assert sync(SyncConfig(tracking=TrackingConfig(uri=other)))["uploaded"] == 1
     client = mlflow.MlflowClient(other)

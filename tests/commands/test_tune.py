@@ -25,8 +25,6 @@ from stocktake.commands.tune import tune
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.training import TrainingConfig, TuneConfig
 from stocktake.errors import StocktakeError
-from stocktake.tracking.addresses import Stores
-from stocktake.tracking.connection import Connection
 from stocktake.tracking.local_store import LocalRun
 from stocktake.tuning.storage import STORAGE_VARIABLE, open_storage, sqlite_url
 from stocktake.tuning.study import load_study
@@ -39,14 +37,11 @@ RATE = {"lr": {"type": "float", "low": 1e-5, "high": 1e-3, "log": True}}
 
 
 @pytest.fixture(scope="module")
-def make_config(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
+def make_config(tiny_settings: dict[str, Any], empty_store: Path) -> MakeConfig:
     """make_config(folder, space, **settings): a search over the tiny root, with a store of its own in the folder."""
 
     def make(folder: Path, space: dict[str, Any], /, **settings: Any) -> TuneConfig:
         folder.mkdir(exist_ok=True)
-        empty_store = tmp_path_factory.getbasetemp() / "laid-out.db"
-        if not empty_store.exists():
-            Connection(Stores(f"sqlite:///{empty_store}", f"sqlite:///{empty_store}")).open()
         if not (folder / "mlflow.db").exists():
             shutil.copy(empty_store, folder / "mlflow.db")
         (folder / "space.yaml").write_text(yaml.safe_dump(space))

@@ -124,7 +124,7 @@ def test_unsigned_calls_and_unknown_keys_are_refused(
     assert emulator.keys("planted") == []
 
 
-def test_clients_are_told_why(emulator: EmulatedAws) -> None:
+def test_clients_see_the_reason(emulator: EmulatedAws) -> None:
     """In the words of the service that they call."""
     for service, call in (("sagemaker", "list_training_jobs"), ("s3", "list_buckets"), ("iam", "list_users")):
         place: dict[str, Any] = {"endpoint_url": emulator.endpoint, "region_name": "us-east-1"}

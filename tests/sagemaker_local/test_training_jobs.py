@@ -97,7 +97,7 @@ print("val_macro_f1=0.25"); print("epoch=2 val_macro_f1=0.75 done")
     assert tags == [{"Key": "stage", "Value": "finetune"}]
 
 
-def test_a_failure_is_told_in_the_jobs_own_words(emulator: EmulatedAws) -> None:
+def test_a_failure_has_the_jobs_own_words(emulator: EmulatedAws) -> None:
     emulator.train("failing", "echo half > /opt/ml/model/half; echo 'no photos' > /opt/ml/output/failure; exit 3")
     job = emulator.ended("failing")
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Failed", "Failed")
@@ -238,7 +238,7 @@ def test_a_spot_instance_is_taken_back_after_seconds(emulator: EmulatedAws) -> N
     assert "Interrupted" in [transition["Status"] for transition in job["SecondaryStatusTransitions"]]
 
 
-def test_a_spot_job_waits_for_machines_as_long_as_it_was_told(emulator: EmulatedAws) -> None:
+def test_a_spot_job_waits_for_machines_as_long_as_its_limit(emulator: EmulatedAws) -> None:
     """What is not to be had in time stops it; it waits again after an interruption."""
 
     def train(name: str, capacity_after: str, longest: int) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from stocktake.models.export import export_model
-from tiny_bins import few_bins, sqlite_store, tiny_bench, tiny_model, tiny_root, tiny_settings
+from tiny_bins import few_bins, tiny_bench, tiny_model, tiny_root, tiny_settings
 
-__all__ = ["few_bins", "sqlite_store", "tiny_bench", "tiny_root", "tiny_settings"]
+__all__ = ["few_bins", "tiny_bench", "tiny_root", "tiny_settings"]
 
 
 @pytest.fixture(scope="session")

@@ -84,8 +84,8 @@ def test_credentials_go_to_known_addresses_only(
     assert credentials[0] is not None
 
 
-def test_a_run_of_this_workspace_goes_where_it_was_meant_to_go(store: str) -> None:
-    config = TrackingConfig(uri=store, offline=True, system_metrics=False)
+def test_a_run_of_this_workspace_goes_where_it_was_meant_to_go(sqlite_store: str) -> None:
+    config = TrackingConfig(uri=sqlite_store, offline=True, system_metrics=False)
     with start_run(config, workspace=WORKSPACE, name="a", tags={}):
         pass
     assert sync(SyncConfig())["uploaded"] == 1

@@ -89,9 +89,9 @@ def test_a_server_killed_under_a_run(
     assert (model.name, model.source_run_id, str(model.status)) == ("model", second_id, "READY")
     named = TrackingConfig(uri=server.uri, model_name="counter", system_metrics=False)
     assert register_candidate(named, second.folder, WORKSPACE) is not None
-    held = client.get_model_version_by_alias("counter", "candidate")
-    assert held.source == f"models:/{model.model_id}"
-    assert held.tags["val/macro_f1"] == "0.975"
+    version = client.get_model_version_by_alias("counter", "candidate")
+    assert version.source == f"models:/{model.model_id}"
+    assert version.tags["val/macro_f1"] == "0.975"
     fetched = fetch_model("models:/counter@candidate", Path("fetched"), config)
     assert (fetched / "data" / "weights.bin").read_bytes() == (model_folder / "data" / "weights.bin").read_bytes()
     ended = json.loads((third.folder / "run.json").read_text())["end_ms"]

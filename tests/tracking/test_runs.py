@@ -53,7 +53,9 @@ def test_everything_of_a_run_is_on_disk_and_in_the_store(client: Any, model_fold
     assert [(point.step, point.value) for point in history] == [(0, 0.0), (1, 0.1), (2, 0.2)]
     (model,) = client.search_logged_models([stored.info.experiment_id])
     assert (model.name, model.source_run_id, str(model.status)) == ("model", child.run_id, "READY")
-    assert {one.key: one.value for one in client.get_logged_model(model.model_id).metrics} == {"val/macro_f1": 0.2}
+    assert {metric.key: metric.value for metric in client.get_logged_model(model.model_id).metrics} == {
+        "val/macro_f1": 0.2
+    }
     assert [output.model_id for output in nested.outputs.model_outputs] == [model.model_id]
     result = json.loads((child.folder / "result.json").read_text())
     assert result["run_id"] == child.run_id
@@ -63,7 +65,7 @@ def test_everything_of_a_run_is_on_disk_and_in_the_store(client: Any, model_fold
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
-def test_locks_lie_beside_what_they_lock(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_lie_beside_what_they_lock(sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a temporary folder that all users share, another one could hold them, or put a link in their place."""
     (tmp_path / "shared").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))

@@ -39,13 +39,13 @@ def resolve(tracking: TrackingConfig) -> Stores:
 
     Raises StocktakeError for a URI of a form that no store can have.
     """
-    uri = given_uri(tracking) or _SQLITE + str(Path.cwd() / "mlflow.db")
+    uri = configured_uri(tracking) or _SQLITE + str(Path.cwd() / "mlflow.db")
     registry = tracking.registry_uri or os.environ.get("MLFLOW_REGISTRY_URI") or uri
     # Both are set explicitly even where they agree: MLflow deadlocked in evaluation otherwise.
     return Stores(tracking=absolute(uri), registry=absolute(registry))
 
 
-def given_uri(tracking: TrackingConfig) -> str | None:
+def configured_uri(tracking: TrackingConfig) -> str | None:
     """The tracking URI that somebody asked for, as asked; None where the default applies."""
     return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
 

@@ -18,7 +18,7 @@ from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.redaction import redact, without_credentials
 from stocktake.signals import TerminatedError, sigterm_raises
-from stocktake.tracking.addresses import given_uri, resolve
+from stocktake.tracking.addresses import configured_uri, resolve
 from stocktake.tracking.attached_run import VARIABLE, take_attached_run_id
 from stocktake.tracking.connection import Connection
 from stocktake.tracking.known_stores import add_known_store
@@ -95,7 +95,7 @@ def start_run(
         run = TrackedRun.create_child(LocalRun.open(parent), name)
     else:
         # Offline, the default store is left open: where the folder is uploaded from may be another machine.
-        is_known = connection is not None or given_uri(tracking) is not None
+        is_known = connection is not None or configured_uri(tracking) is not None
         run = TrackedRun.create(
             workspace / "runs",
             name=tracking.run_name or name,

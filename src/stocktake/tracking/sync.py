@@ -12,7 +12,7 @@ from filelock import FileLock
 from stocktake.config.runs import TrackingConfig
 from stocktake.errors import StocktakeError
 from stocktake.redaction import redact
-from stocktake.tracking.addresses import Stores, given_uri, resolve
+from stocktake.tracking.addresses import Stores, configured_uri, resolve
 from stocktake.tracking.connection import Connection, brief
 from stocktake.tracking.known_stores import known_stores
 from stocktake.tracking.local_store import FINISHED, KILLED, RUNNING, LocalRun
@@ -115,7 +115,7 @@ class _Connections:
 
     def _stores(self, run: LocalRun) -> Stores:
         uri = run.state.tracking_uri
-        if given_uri(self._tracking) is not None or uri is None:
+        if configured_uri(self._tracking) is not None or uri is None:
             return resolve(self._tracking)
         if uri not in self._known:
             raise StocktakeError(
