@@ -178,8 +178,9 @@ class TuningJob(Job):
             else optuna.samplers.RandomSampler(seed=seed)
         )
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_LEAST_FOR_MEDIAN)
-        direction = "maximize" if self.maximizes else "minimize"
-        study = optuna.create_study(sampler=sampler, pruner=pruner, direction=direction)
+        study = optuna.create_study(
+            sampler=sampler, pruner=pruner, direction="maximize" if self.maximizes else "minimize"
+        )
         distributions = distributions_of(self.config["ParameterRanges"])
         for name in _parents(self._request):
             parent = cast("TuningJob", self._backend.hyper_parameter_tuning_jobs[name])
