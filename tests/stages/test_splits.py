@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from stocktake.data.splits import Split
 from stocktake.stages.prepare import PreparedData
 from stocktake.stages.run import evaluate_and_log
 from stocktake.stages.table import STAGES
-from stocktake.tracking.runs import NullRun
+from stocktake.tracking.runs import TrackedRun
 from tiny_bins import PLAIN_BACKBONE, tiny_model
 
 
@@ -27,16 +26,9 @@ def recorded_as_one(prepared: PreparedData, *splits: Split) -> PreparedData:
     return replace(prepared, manifest=replace(prepared.manifest, bins=bins.assign(quantity=quantity)))
 
 
-class ValFigures(NullRun):
-    """Keeps the figures on val that a stage logs while it trains."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.artifacts.mkdir(parents=True)
-        self.figures: list[float] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self.figures += [value for name, value in metrics.items() if "val" in name]
+def val_figures(run: TrackedRun) -> list[float]:
+    """The figures on val that a stage has logged while it trained."""
+    return [point.value for point in run.read_metrics()[0] if "val" in point.name]
 
 
 def trained(
@@ -52,9 +44,9 @@ def trained(
         settings |= {"head": HeadConfig(c=(1e-4, 1.0))}
     if stage == "finetune":
         settings |= {"epochs": 1, "batch_size": 16, "training": TrainingConfig(augment="none")}
-    run = ValFigures(folder)
+    run = TrackedRun.create(folder, name=stage)
     model = STAGES[stage].train(run, STAGES[stage].config(**settings), prepared)
-    return model.state_dict(), run.figures
+    return model.state_dict(), val_figures(run)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -91,9 +83,9 @@ def test_temperature_and_set_threshold_are_fitted_on_val(
     model, config = tiny_model("majority", tiny_bench), STAGES["majority"].config(**tiny_settings)
 
     def calibration(name: str, *splits: Split) -> tuple[float, float]:
-        run = NullRun(tmp_path / name)
-        run.tags = {"stage": "majority"}
-        metrics = evaluate_and_log(run, model, config, recorded_as_one(tiny_bench, *splits))  # type: ignore[arg-type]
+        run = TrackedRun.create(tmp_path, name=name)
+        run.set_tags({"stage": "majority"})
+        metrics = evaluate_and_log(run, model, config, recorded_as_one(tiny_bench, *splits))
         return metrics["calibration/temperature"], metrics["calibration/set_threshold"]
 
     as_it_is = calibration("as it is")
