@@ -23,7 +23,6 @@ from stocktake.data.ids_by_split import FILE
 from stocktake.errors import StocktakeError
 from stocktake.stages.run import StageResult
 from tiny_bins import TINY_BINS, draw_bin
-from tracking_server import lay_out_store
 
 pytestmark = pytest.mark.slow
 FRACTIONS = (0.6, 0.2, 0.2)
@@ -34,10 +33,10 @@ def split(**settings: Any) -> SplitConfig:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store."""
     folder = tmp_path_factory.mktemp("evaluate")
-    shutil.copy(lay_out_store(tmp_path_factory), folder / "mlflow.db")
+    shutil.copy(empty_store, folder / "mlflow.db")
     return folder
 
 
