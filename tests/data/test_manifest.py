@@ -232,7 +232,8 @@ def test_a_split_does_not_depend_on_the_limit_nor_on_the_task(
         write_bin(root_of(config), f"0{number:04d}a", 7, items=[f"item-{number:05d}", f"item-{number + 1:05d}"])
     split_of = dict(build_manifest(dataclasses.replace(config, task="0-9")).bins[["id", "split"]].to_numpy())
     for changed in ({"task": "1-3"}, {"limit": 7}, {"task": "2-3", "limit": 5}):
-        bins = build_manifest(dataclasses.replace(config, **changed)).bins
+        elsewhere = f"{config.workspace}-{len(changed)}-{changed.get('limit')}"  # where no assignment is remembered
+        bins = build_manifest(dataclasses.replace(config, workspace=elsewhere, **changed)).bins
         assert len(bins) == {"1-3": 24}.get(str(changed.get("task")), changed.get("limit"))
         assert {bin_id: split_of[bin_id] for bin_id in bins["id"]} == dict(bins[["id", "split"]].to_numpy())
 

@@ -36,17 +36,17 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "grouped after the task",
         "src/stocktake/data/manifest.py",
-        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        "    usable, split_config, conflicts = _decide_splits(usable, config, source, folder)\n",
         '    usable = usable[usable["quantity"].isin(labels)].reset_index(drop=True)\n'
-        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        "    usable, split_config, conflicts = _decide_splits(usable, config, source, folder)\n",
         ("tests/data/test_manifest.py::test_a_split_does_not_depend_on_the_limit_nor_on_the_task",),
     ),
     Mutant(
         "grouped after the limit",
         "src/stocktake/data/manifest.py",
-        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        "    usable, split_config, conflicts = _decide_splits(usable, config, source, folder)\n",
         "    usable = usable[: config.limit].reset_index(drop=True)\n"
-        "    usable = decide_splits(usable, config.split, source.published_splits())\n",
+        "    usable, split_config, conflicts = _decide_splits(usable, config, source, folder)\n",
         ("tests/data/test_manifest.py::test_a_split_does_not_depend_on_the_limit_nor_on_the_task",),
     ),
     Mutant(
