@@ -20,6 +20,13 @@ pytest_plugins = ["sagemaker_local.pytest_plugin", "emulated_aws", "tracking_ser
 EXIF_ORIENTATION = 0x0112
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several workers, files with slow tests come first: one that begins last ends long after the others."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def fresh_aws_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """boto3's default session, and MLflow's S3 client, keep the first keys that they see, which are another test's."""

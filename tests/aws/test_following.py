@@ -129,13 +129,16 @@ def test_ctrl_c_asks_on_a_terminal_and_stops_elsewhere(
 ) -> None:
     name = f"interrupted-{answer}"
     emulator.train(name, "echo started; exec sleep 60")
+    asked: list[str] = []
     if answer is not None:
         monkeypatch.setattr("stocktake.aws.watch.sys", SimpleNamespace(stdin=_Terminal(), stdout=_Terminal()))
-        monkeypatch.setattr("builtins.input", lambda _question: answer)
-    with interrupt_when(lambda: emulator.log(f"{name}/")):
+        monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or answer)
+    with interrupt_when(
+        lambda: emulator.log(f"{name}/"), lambda: not asked and emulator.job(name)["TrainingJobStatus"] == "InProgress"
+    ):
         ended = watch(Aws(), name, tmp_path, TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
     assert (ended is not None) == stops
-    assert (emulator.job(name)["TrainingJobStatus"] == "InProgress") != stops
+    assert emulator.job(name)["TrainingJobStatus"] == ("Stopped" if stops else "InProgress")
     emulator.client("sagemaker").stop_training_job(TrainingJobName=name) if not stops else None
 
 
@@ -145,17 +148,25 @@ class _Terminal:
 
 
 class interrupt_when:  # noqa: N801 - a context manager
-    """Send this process SIGINT, as Ctrl-C does, once a condition holds."""
+    """Send this process SIGINT, as Ctrl-C does, once a condition holds; again, as users do, while nothing comes of it.
 
-    def __init__(self, condition: Callable[[], Any]) -> None:
-        self._condition = condition
+    Python drops an interrupt that arrives in a callback of the garbage collector.
+    """
+
+    def __init__(self, condition: Callable[[], Any], is_lost: Callable[[], Any]) -> None:
+        self._condition, self._is_lost = condition, is_lost
+        self._over = threading.Event()
 
     def __enter__(self) -> None:
         def send() -> None:
             eventually(self._condition)
             os.kill(os.getpid(), signal.SIGINT)
+            while not self._over.wait(5):
+                if self._is_lost():
+                    os.kill(os.getpid(), signal.SIGINT)
 
         threading.Thread(target=send, daemon=True).start()
 
     def __exit__(self, *_: object) -> None:
-        """Nothing: the block ends after the interrupt."""
+        """The block ends after the interrupt."""
+        self._over.set()

@@ -10,7 +10,7 @@ from stocktake.aws.connection import Aws, AwsError, translate_aws_errors
 from stocktake.aws.jobs import LOG_GROUP, Job, find_job, printable
 
 POLL_SECONDS = 2.0
-_LONGEST_PAUSE = 15.0
+_LONGEST_PAUSE = 5.0
 _LONGEST_RETRY_PAUSE = 60.0
 _QUIET_POLLS = 2
 """Logs may lag behind the job: after its end, poll until nothing came this often."""

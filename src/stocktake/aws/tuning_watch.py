@@ -35,7 +35,7 @@ from stocktake.tuning.study import best_table, format_params
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-_LONGEST_PAUSE = 15.0
+_LONGEST_PAUSE = 5.0
 _BEST_METRIC = "best/val_macro_f1"
 
 

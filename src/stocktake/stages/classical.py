@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from stocktake.config.training import ClassicalConfig
 from stocktake.models.pca_svm import PcaSvmModel, fit_pca_svm
 from stocktake.stages.prepare import PreparedData
 from stocktake.tracking.runs import TrackedRun
-from stocktake.training.fit import EpochVerdict
+
+if TYPE_CHECKING:
+    from stocktake.training.fit import EpochVerdict  # Lightning takes seconds to import
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from stocktake.models.network import NetworkModel, create_network
 from stocktake.models.precision import Precision
 from stocktake.stages.prepare import PreparedData
 from stocktake.tracking.runs import TrackedRun
-from stocktake.training.fit import EpochVerdict
+
+if TYPE_CHECKING:
+    from stocktake.training.fit import EpochVerdict  # Lightning takes seconds to import
 
 
 def train(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from stocktake.config.runs import ImageConfig
 from stocktake.models.majority import MajorityModel, fit_majority
 from stocktake.stages.prepare import PreparedData
 from stocktake.tracking.runs import TrackedRun
-from stocktake.training.fit import EpochVerdict
+
+if TYPE_CHECKING:
+    from stocktake.training.fit import EpochVerdict  # Lightning takes seconds to import
 
 
 def train(

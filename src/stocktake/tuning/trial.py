@@ -27,7 +27,6 @@ from stocktake.stages.prepare import PreparedData
 from stocktake.stages.run import evaluate_split, log_config, run_tags, split_probabilities
 from stocktake.stages.table import STAGES
 from stocktake.tracking.runs import TrackedRun, start_run
-from stocktake.training.checkpoints import find_checkpoint
 from stocktake.tuning.config_overrides import with_overrides
 from stocktake.tuning.study import KIND, OBJECTIVES, REASON, StudySpec, failure_kind
 
@@ -75,8 +74,11 @@ def _run(
 ) -> tuple[float, ...] | optuna.TrialPruned:
     """The trial's child run: its values, or why it was pruned, which is no failure of the run."""
     earlier = parent.parent / str(trial.user_attrs.get("folder"))
-    if isinstance(config, FinetuneConfig) and find_checkpoint(earlier / "checkpoints"):
-        config = dataclasses.replace(config, resume=str(earlier))
+    if isinstance(config, FinetuneConfig):
+        from stocktake.training.checkpoints import find_checkpoint  # Lightning takes seconds to import
+
+        if find_checkpoint(earlier / "checkpoints"):
+            config = dataclasses.replace(config, resume=str(earlier))
     tags = run_tags(config, prepared.manifest, "trial")
     tags |= {"trial": str(trial.number), "trial.stage": spec.stage, "trial.state": "running"}
     name, workspace = f"trial-{trial.number:03d}", Path(config.workspace)
