@@ -3,13 +3,15 @@
     python tests/s3_server.py FOLDER [--bucket bins] [--faults '[{"key": "^bin-images/", "do": "503", "times": 2}]']
 
 Prints its port. A fault's `do` is one of 403, 503, reset, truncate, corrupt, stale_etag, slow or hang; it applies to
-the first `times` requests of each key that its `key` (a regular expression) is found in. GET /_seen tells the requests.
+the first `times` requests of each key that its `key` (a regular expression) is found in. GET /_seen
+answers with the requests so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import hashlib
 import json
 import os
@@ -23,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -47,19 +50,14 @@ class StaticS3:
         self.requests: Counter[str] = Counter()
         self.authorized = 0
         self.authorization = ""
-        self.objects: dict[str, tuple[Path, int]] = {}
-        for path in folder.rglob("*"):
-            if path.is_file():
-                self.objects[path.relative_to(folder).as_posix()] = (path, path.stat().st_size)
-        self.sorted = sorted(self.objects)
-        self._held: dict[str, tuple[bytes, str]] = {}
+        self.paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        self.keys = sorted(self.paths)
+        self.content = cache(self._content)
+        """Bytes and ETag by key; kept, so that the disk is no part of a measurement."""
 
-    def content(self, key: str) -> tuple[bytes, str]:
-        """Bytes and ETag; kept, so that the disk is no part of a measurement."""
-        if key not in self._held:
-            data = self.objects[key][0].read_bytes()
-            self._held[key] = data, hashlib.md5(data).hexdigest()
-        return self._held[key]
+    def _content(self, key: str) -> tuple[bytes, str]:
+        data = self.paths[key].read_bytes()
+        return data, hashlib.md5(data).hexdigest()
 
     def fault(self, key: str) -> str | None:
         for rule in self.faults:
@@ -68,31 +66,20 @@ class StaticS3:
         return None
 
     def listing(self, query: dict[str, list[str]]) -> bytes:
-        prefix = query.get("prefix", [""])[0]
-        after = query.get("continuation-token", query.get("start-after", [""]))[0]
-        most = min(self.page, int(query.get("max-keys", [self.page])[0]))
-        import bisect
-
-        begin = max(bisect.bisect_left(self.sorted, prefix), bisect.bisect_right(self.sorted, after))
-        keys = []
-        for key in self.sorted[begin : begin + most + 1]:
-            if not key.startswith(prefix):
-                break
-            keys.append(key)
-        more, keys = len(keys) > most, keys[:most]
+        prefix, token = (query.get(name, [""])[0] for name in ("prefix", "continuation-token"))
+        begin = max(bisect.bisect_left(self.keys, prefix), bisect.bisect_right(self.keys, token))
+        page = [key for key in self.keys[begin : begin + self.page + 1] if key.startswith(prefix)]
+        keys, is_truncated = page[: self.page], len(page) > self.page
         entries = "".join(
             f"<Contents><Key>{escape(key)}</Key><LastModified>2014-05-13T16:53:20.000Z</LastModified>"
-            f"<ETag>&quot;{self.content(key)[1] if len(self.sorted) < 10_000 else '0' * 32}&quot;</ETag>"
-            f"<Size>{self.objects[key][1]}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+            f"<ETag>&quot;{self.content(key)[1]}&quot;</ETag><Size>{len(self.content(key)[0])}</Size></Contents>"
             for key in keys
         )
-        token = f"<NextContinuationToken>{escape(keys[-1])}</NextContinuationToken>" if more else ""
+        more = f"<NextContinuationToken>{escape(keys[-1])}</NextContinuationToken>" if is_truncated else ""
         return (
-            '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult '
-            'xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
             f"<Name>{self.bucket}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(keys)}</KeyCount>"
-            f"<MaxKeys>{most}</MaxKeys><IsTruncated>{str(more).lower()}</IsTruncated>{token}{entries}"
-            "</ListBucketResult>"
+            f"<IsTruncated>{str(is_truncated).lower()}</IsTruncated>{more}{entries}</ListBucketResult>"
         ).encode()
 
 
@@ -136,9 +123,6 @@ class Connection(asyncio.Protocol):
         if bucket != store.bucket:
             self.error(404, "NoSuchBucket")
             return
-        if not key and self.method == "HEAD":
-            self.answer(200, b"")
-            return
         if not key:
             store.requests["LIST"] += 1
             self.answer(200, store.listing(parse_qs(parts.query)))
@@ -160,7 +144,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
         elif fault in ("403", "503"):
             self.error(int(fault), "AccessDenied" if fault == "403" else "SlowDown")
-        elif key not in self.store.objects:
+        elif key not in self.store.paths:
             self.error(404, "NoSuchKey")
         else:
             data, etag = self.store.content(key)
@@ -171,8 +155,8 @@ class Connection(asyncio.Protocol):
             headers = f'ETag: "{etag}"\r\nLast-Modified: {formatdate(_EPOCH, usegmt=True)}\r\nAccept-Ranges: bytes\r\n'
             if "if-modified-since" in self.headers and fault is None:
                 self.answer(304, b"", headers)
-            elif "range" in self.headers and (found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["range"])):
-                low, high = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
+            elif "range" in self.headers and (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["range"])):
+                low, high = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
                 headers += f"Content-Range: bytes {low}-{high}/{len(data)}\r\n"
                 self.answer(206, data[low : high + 1], headers)
             elif fault == "truncate":

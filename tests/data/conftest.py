@@ -5,8 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from s3_server import Server, serve
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +55,17 @@ def private_bucket(
 ) -> str:
     """s3:// address of an empty bucket, with credentials for it in the environment."""
     return make_bucket(monkeypatch)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    """served(folder, bucket, faults, page, delay): a server of the folder, whose address is in the environment."""
+    with ExitStack() as stack:
+
+        def start(folder: Path, **settings: Any) -> Server:
+            server = stack.enter_context(serve(folder, **settings))
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
+            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the service's own address comes first
+            return server
+
+        yield start

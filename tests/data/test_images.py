@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
-import sys
 import tracemalloc
-import warnings
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +18,7 @@ from stocktake.data.images import LARGEST_FILE, PhotoError, decode, decode_valid
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that claims a size, in a few bytes; it would decode if anybody let it."""
+    """A PNG that claims a size, in a few bytes."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -44,12 +41,6 @@ def test_a_bomb_is_refused_before_it_is_decoded(side: int, bin_photo: Callable[.
     assert peak < 1_000_000
 
 
-def test_a_photo_just_within_the_bound_is_decoded() -> None:
-    file = io.BytesIO()
-    Image.new("L", (1000, 1000)).save(file, "PNG")
-    assert decode(file.getvalue()).size == (1000, 1000)
-
-
 def test_a_file_larger_than_any_photo_is_refused(bin_photo: Callable[..., bytes]) -> None:
     with pytest.raises(PhotoError, match="more than"):
         decode_validated(bin_photo(1) + bytes(LARGEST_FILE))
@@ -70,8 +61,8 @@ def test_a_file_larger_than_any_photo_is_refused(bin_photo: Callable[..., bytes]
 def test_unusual_photos_are_used_and_flagged(
     format: str, mode: str, flags: tuple[str, ...], bin_photo: Callable[..., bytes]
 ) -> None:
-    photo, found = decode_validated(bin_photo(1, format=format, mode=mode))
-    assert (photo.mode, photo.size, found) == ("RGB", (48, 40), flags)
+    photo, unusual = decode_validated(bin_photo(1, format=format, mode=mode))
+    assert (photo.mode, photo.size, unusual) == ("RGB", (48, 40), flags)
 
 
 @pytest.mark.parametrize("orientation", [None, 3])
@@ -125,7 +116,7 @@ def test_any_bytes_are_a_photo_or_refused(data: bytes, start: bytes) -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 def test_a_damaged_photo_is_a_photo_or_refused(bin_photo: Callable[..., bytes], data: st.DataObject) -> None:
     format = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP"]))
     whole = bytearray(bin_photo(1, format=format, orientation=6))
@@ -155,22 +146,8 @@ def test_resizing_gives_a_square_of_bytes(width: int, height: int, side: int) ->
     assert (prepared == colour).all()
 
 
-def test_resizing_leaves_a_photo_of_the_size_as_it_is(bin_photo: Callable[..., bytes]) -> None:
+def test_a_photo_of_the_size_is_not_resized_and_its_key_is_of_its_bytes(bin_photo: Callable[..., bytes]) -> None:
     photo = decode(bin_photo(1, size=(32, 32)))
     assert (resize_to_square(photo, 32) == np.asarray(photo)).all()
-
-
-def test_a_photo_is_known_by_its_bytes(bin_photo: Callable[..., bytes]) -> None:
     keys = [photo_key(bin_photo(seed)) for seed in (1, 1, 2)]
     assert keys[0] == keys[1] != keys[2]
-
-
-def test_examining_in_threads_leaves_pythons_warnings_as_they_were(bin_photo: Callable[..., bytes]) -> None:
-    before, interval = list(warnings.filters), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as threads:
-            list(threads.map(decode_validated, [bin_photo(1)] * 800))
-    finally:
-        sys.setswitchinterval(interval)
-    assert warnings.filters == before

@@ -1,4 +1,4 @@
-"""Prepared photos: each decoded once, found by its content, and never mistaken for another."""
+"""Prepared photos: each decoded once, read by its content, and never mistaken for another."""
 
 from __future__ import annotations
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from s3_server import Server, serve
+from s3_server import Server
 from stocktake.config.data import S3Config
 from stocktake.data.s3_client import Bucket, ObjectError, S3Address
 from stocktake.errors import StocktakeError
@@ -29,20 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "bin-images" / f"{number:05d}.jpg").write_bytes(bytes([number]) * (1000 + number))
     (folder / "other.txt").write_text("other")
     return folder
-
-
-@pytest.fixture
-def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    """served(folder, bucket, faults, page): a server of the folder, whose address is in the environment."""
-    with ExitStack() as stack:
-
-        def start(root: Path = folder, **settings: Any) -> Server:
-            server = stack.enter_context(serve(root, **settings))
-            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
-            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the service's own address comes first
-            return server
-
-        yield start
 
 
 def bucket_of(settings: S3Config, address: str = "s3://bins") -> Bucket:
@@ -77,7 +61,7 @@ def test_what_is_no_address_is_named(text: str) -> None:
 def test_requests_are_signed_where_there_are_credentials_unless_told_otherwise(
     folder: Path, served: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = served()
+    server = served(folder)
     unsigned = bucket_of(QUICK)
     assert content(unsigned) == (folder / KEY).read_bytes()
     assert len(list(unsigned.list("bin-images/"))) == 7
@@ -90,11 +74,11 @@ def test_requests_are_signed_where_there_are_credentials_unless_told_otherwise(
 
 
 def test_the_public_bucket_is_never_asked_with_a_signature(
-    served: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+    folder: Path, served: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.setenv(name, "eu-west-1")
-    server = served(bucket="aft-vbi-pds")
+    server = served(folder, bucket="aft-vbi-pds")
     bucket = bucket_of(QUICK, "s3://aft-vbi-pds")
     content(bucket)
     assert (bucket.is_signed, server.authorized()) == (False, 0)
@@ -109,7 +93,7 @@ def test_a_prefix_is_below_every_key(folder: Path, served: Callable[..., Server]
 
 @pytest.mark.parametrize("fault", ["503", "reset", "truncate", "corrupt", "slow"])
 def test_a_passing_fault_is_repeated(fault: str, folder: Path, served: Callable[..., Server]) -> None:
-    server = served(faults=[{"key": KEY, "do": fault, "times": 1 if fault == "slow" else 2}])
+    server = served(folder, faults=[{"key": KEY, "do": fault, "times": 1 if fault == "slow" else 2}])
     assert content(bucket_of(UNSIGNED)) == (folder / KEY).read_bytes()
     # what arrived of a body that was cut off is not asked for again
     assert server.seen()[KEY] == {"slow": 1, "truncate": 2}.get(fault, 3)
@@ -126,9 +110,9 @@ def test_a_passing_fault_is_repeated(fault: str, folder: Path, served: Callable[
     ],
 )
 def test_a_lasting_fault_ends(
-    fault: str, is_temporary: bool, reason: str, requests: int, served: Callable[..., Server]
+    fault: str, is_temporary: bool, reason: str, requests: int, folder: Path, served: Callable[..., Server]
 ) -> None:
-    server = served(faults=[{"key": KEY, "do": fault, "times": 99}])
+    server = served(folder, faults=[{"key": KEY, "do": fault, "times": 99}])
     with pytest.raises(ObjectError, match=KEY) as failure:
         content(bucket_of(replace(UNSIGNED, timeout=0.3 if fault == "hang" else 30)))
     assert failure.value.is_temporary == is_temporary
@@ -137,12 +121,12 @@ def test_a_lasting_fault_ends(
 
 
 def test_an_etag_that_is_no_checksum_can_be_left_alone(folder: Path, served: Callable[..., Server]) -> None:
-    served(faults=[{"key": KEY, "do": "stale_etag", "times": 99}])
+    served(folder, faults=[{"key": KEY, "do": "stale_etag", "times": 99}])
     assert content(bucket_of(replace(UNSIGNED, verify=False))) == (folder / KEY).read_bytes()
 
 
-def test_what_is_too_large_missing_or_unchanged_is_not_read(served: Callable[..., Server]) -> None:
-    served()
+def test_what_is_too_large_missing_or_unchanged_is_not_read(folder: Path, served: Callable[..., Server]) -> None:
+    served(folder)
     bucket = bucket_of(UNSIGNED)
     with pytest.raises(ObjectError, match="1001 bytes, more than 1000"):
         bucket.get(KEY, limit=1000)
@@ -160,7 +144,7 @@ def test_what_is_too_large_missing_or_unchanged_is_not_read(served: Callable[...
 
 @pytest.mark.parametrize("region", [None, "ap-south-1"])
 def test_credentials_and_region_may_come_from_a_profile(
-    region: str | None, served: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    region: str | None, folder: Path, served: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = AKIATEST\naws_secret_access_key = b\n")
     (tmp_path / "config").write_text("[default]\nregion = eu-north-1\n")
@@ -168,7 +152,7 @@ def test_credentials_and_region_may_come_from_a_profile(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     if region:
         monkeypatch.setenv("AWS_REGION", region)
-    server = served()
+    server = served(folder)
     content(bucket_of(QUICK))
     assert server.authorized() == 1
     assert "AKIATEST" in server.authorization()

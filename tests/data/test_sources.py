@@ -11,21 +11,17 @@ import pytest
 
 from stocktake.config.data import BinsConfig
 from stocktake.data.images import LARGEST_FILE, PhotoError, decode_validated
-from stocktake.data.sources import Source, read_id_list, source_key
-from stocktake.data.sources import open_source as open_any_source
+from stocktake.data.sources import Source, open_source, read_id_list, source_key
 from stocktake.errors import StocktakeError
 
 
-def open_source(root: str) -> Source:
-    return open_any_source(root, BinsConfig(), range(1, 6), None)
-
-
 def test_a_folder_is_read_in_the_buckets_layout(tmp_path: Path, make_root: Callable[..., Path]) -> None:
-    source = open_source(str(make_root(tmp_path / "root", [1, 2])))
-    (tmp_path / "root" / "metadata" / "lonely.json").write_text("{}")
-    (tmp_path / "root" / "metadata" / "notes.txt").write_text("no record")
+    root = make_root(tmp_path / "root", [1, 2])
+    source = Source(root)
+    (root / "metadata" / "lonely.json").write_text("{}")
+    (root / "metadata" / "notes.txt").write_text("no record")
     assert source.ids() == ["00001", "00002"]
-    assert open_source(source.root).ids() == ["00001", "00002", "lonely"]
+    assert Source(root).ids() == ["00001", "00002", "lonely"]
     assert json.loads(source.record("00002"))["EXPECTED_QUANTITY"] == 2
     assert decode_validated(source.photo("00001"))[0].size == (48, 40)
     with pytest.raises(FileNotFoundError):
@@ -65,7 +61,7 @@ def test_a_root_that_cannot_be_used_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StocktakeError, match=f"^--root {re.escape(root)} {reason}"):
-        open_source(root)
+        open_source(root, BinsConfig(), range(1, 6), None)
 
 
 def test_a_list_holds_ids_by_class_as_paths(tmp_path: Path) -> None:
@@ -74,19 +70,6 @@ def test_a_list_holds_ids_by_class_as_paths(tmp_path: Path) -> None:
     assert read_id_list(path) == ["09912", "100313", "5"]
     path.write_text(json.dumps(["7", "a/6.json"]))
     assert read_id_list(path) == ["6", "7"]
-
-
-@pytest.mark.parametrize(
-    "entry",
-    ["../../etc", "../../etc/passwd", "", ".", "..", "a b", "-x", ".hidden", "1;2", "x" * 65, "1\n", "1\u0000"],
-    ids=repr,
-)
-def test_a_strange_id_is_refused(entry: str, tmp_path: Path) -> None:
-    path = tmp_path / "list.json"
-    path.write_text(json.dumps({"1": ["data/metadata/1.json", entry]}))
-    with pytest.raises(StocktakeError, match="no id of a bin") as refused:
-        read_id_list(path)
-    assert str(path) in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +83,19 @@ def test_a_strange_id_is_refused(entry: str, tmp_path: Path) -> None:
         ('{"1": [5]}', "must look like"),
         ('{"1": []}', "names no bin"),
         ("{}", "names no bin"),
+        *(
+            (json.dumps({"1": ["data/metadata/1.json", entry]}), "no id of a bin")
+            for entry in (
+                *("../../etc", "../../etc/passwd", "", ".", "..", "a b"),
+                *("-x", ".hidden", "1;2", "x" * 65, "1\n", "1\u0000"),
+            )
+        ),
     ],
 )
-def test_what_is_no_list_is_refused_with_the_reason(content: str, reason: str, tmp_path: Path) -> None:
+def test_what_is_no_list_of_ids_is_refused_with_the_reason(content: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     path.write_text(content)
-    with pytest.raises(StocktakeError, match=reason):
+    with pytest.raises(StocktakeError, match=f"--list {path} .*{reason}"):
         read_id_list(path)
     with pytest.raises(StocktakeError, match="cannot be read: No such file"):
         read_id_list(tmp_path / "another.json")

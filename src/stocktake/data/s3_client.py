@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from obstore.store import S3Store
 
 PUBLIC = {"aft-vbi-pds": "us-east-1"}
-"""Buckets that anybody may read, and their regions: never asked with a signature."""
+"""Public buckets and their regions: requests to them are not signed."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _MD5 = re.compile(r'"([0-9a-f]{32})"')
 _CORRUPT_ATTEMPTS = 3
@@ -196,8 +196,8 @@ class Bucket:
             if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
                 how = "with the credentials found" if self.is_signed else "anonymously (no credentials were found)"
                 raise self._refused(key, f"access is denied {how}{_code(error)}") from None
-            place = f"{self.option} {self.address}: {key}"
-            raise ObjectError(place, _brief(error), is_temporary=True) from None
+            name = f"{self.option} {self.address}: {key}"
+            raise ObjectError(name, _brief(error), is_temporary=True) from None
 
 
 def _credentials() -> Any:

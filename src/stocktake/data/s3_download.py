@@ -92,9 +92,9 @@ def open_bucket(root: str, config: BinsConfig, labels: Sequence[int], listed: Se
 
 def _mirror_folder(address: S3Address, config: BinsConfig) -> Path:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    place = f"{address!s}?{endpoint}" if endpoint else str(address)
+    name = f"{address!s}?{endpoint}" if endpoint else str(address)
     size = f"-short{config.s3.resize}" if config.s3.resize else ""
-    return Path(config.workspace) / "mirrors" / f"{source_key(place)}{size}"
+    return Path(config.workspace) / "mirrors" / f"{source_key(name)}{size}"
 
 
 def _published_index(bucket: Bucket) -> bytes | None:
@@ -146,8 +146,8 @@ class _Download:
                 )
         keys = [*self._listed(_RECORDS), *photos]
         if self._config.s3.refresh:  # what the bucket no longer has answers 404, and goes
-            here = [f"{part}{path.name}" for part in (_RECORDS, _PHOTOS) for path in (self._folder / part).iterdir()]
-            keys = list(dict.fromkeys([*keys, *here]))
+            local = [f"{part}{path.name}" for part in (_RECORDS, _PHOTOS) for path in (self._folder / part).iterdir()]
+            keys = list(dict.fromkeys([*keys, *local]))
         self._fetch(keys, "downloading bins")
 
     def _first(self, labels: Sequence[int], listed: Sequence[str] | None, limit: int) -> list[str]:

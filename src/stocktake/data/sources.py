@@ -137,9 +137,9 @@ def read_id_list(path: Path) -> list[str]:
 
 def source_key(root: str) -> str:
     """A folder name for what is remembered about a root."""
-    place = root if "://" in root else str(Path(root).resolve())
-    name = re.sub(r"[^0-9A-Za-z]+", "-", Path(place).name).strip("-")[:40] or "root"
-    return f"{name}-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}"
+    address = root if "://" in root else str(Path(root).resolve())
+    name = re.sub(r"[^0-9A-Za-z]+", "-", Path(address).name).strip("-")[:40] or "root"
+    return f"{name}-{hashlib.blake2b(address.encode(), digest_size=4).hexdigest()}"
 
 
 def _file_versions(folder: Path, suffix: str) -> Iterator[tuple[str, str]]:

@@ -81,7 +81,7 @@ def test_a_root_is_there_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", [MARKER, "bin-images/00001.jpg"])
 def test_a_folder_with_something_else_is_refused(root: Path, tmp_path: Path, name: str) -> None:
-    """The root of another config, or photos of somebody's."""
+    """The root of another config, or other photos."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes((root / name).read_bytes())
     before = contents(tmp_path)

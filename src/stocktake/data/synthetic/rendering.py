@@ -130,7 +130,7 @@ class _Textures:
 _textures = cache(_Textures)  # once a process
 
 
-def _choose(rng: Generator, choices: Sequence[T]) -> T:
+def _pick(rng: Generator, choices: Sequence[T]) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -162,7 +162,7 @@ def _sticker(face: Image.Image, rng: Generator) -> None:
     box = (x * width, y * height, (x + wide) * width, (y + high) * height)
     ImageDraw.Draw(face).rectangle(box, fill=(255, 255, 252))
     _stamp(
-        face, _choose(rng, _textures().barcodes), (40, 40, 44), (x + wide * 0.1, y + high * 0.2, wide * 0.8, high * 0.4)
+        face, _pick(rng, _textures().barcodes), (40, 40, 44), (x + wide * 0.1, y + high * 0.2, wide * 0.8, high * 0.4)
     )
 
 
@@ -183,16 +183,14 @@ def _printed(rng: Generator, width: int, height: int, base: Colour, ink: Colour)
         face.paste(art, (int(rng.uniform(0, width - w)), int(rng.uniform(0, height - h))))
     if rng.random() < 0.4:
         x, y, r = rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height, 0.2 * min(width, height)
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=_choose(rng, INKS))
-    contrast, word = (196, 192, 184) if sum(base) < 330 else _tint(ink, 0.7), _choose(rng, textures.words)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=_pick(rng, INKS))
+    contrast, word = (196, 192, 184) if sum(base) < 330 else _tint(ink, 0.7), _pick(rng, textures.words)
     if height > 1.8 * width:
         word = word.transpose(Image.Transpose.ROTATE_90)
         _stamp(face, word, contrast, (0.2, rng.uniform(0.05, 0.35), 0.6, 0.5))
     else:
         _stamp(face, word, contrast, (rng.uniform(0.05, 0.25), rng.uniform(0.05, 0.5), 0.65, rng.uniform(0.12, 0.3)))
-    _stamp(
-        face, _choose(rng, textures.paragraphs), contrast, (rng.uniform(0.05, 0.4), rng.uniform(0.4, 0.7), 0.5, 0.25)
-    )
+    _stamp(face, _pick(rng, textures.paragraphs), contrast, (rng.uniform(0.05, 0.4), rng.uniform(0.4, 0.7), 0.5, 0.25))
     return face
 
 
@@ -208,7 +206,7 @@ def _cylinder(rng: Generator, width: int, height: int, base: Colour, ink: Colour
     body = Image.new("RGB", (width, height), base)
     ImageDraw.Draw(body).rectangle((0, 0, width, cap), fill=ink)
     top, bottom = int(shoulder + 0.08 * height), int(height * 0.92)
-    pale = (196, 190, 180) if rng.random() < 0.5 else _choose(rng, INKS)
+    pale = (196, 190, 180) if rng.random() < 0.5 else _pick(rng, INKS)
     body.paste(_printed(rng, width, max(4, bottom - top), pale, ink), (0, top))
     body.paste((12, 10, 8), (0, 0), _sized(_textures().round, width, height))
     body.putalpha(shape)
@@ -238,7 +236,7 @@ def _polybag(rng: Generator, width: int, height: int, base: Colour, ink: Colour)
 def _sprite(product: Product, width: int, height: int) -> Image.Image:
     """The front of the product, `width` x `height` pixels, the same for every one of its items."""
     rng = default_rng(product.seed)
-    base, ink = _tint(_choose(rng, INKS), rng.uniform(0.75, 1.1)), _choose(rng, INKS)
+    base, ink = _tint(_pick(rng, INKS), rng.uniform(0.75, 1.1)), _pick(rng, INKS)
     if product.kind == "carton":
         base, ink = _tint((150, 116, 84), rng.uniform(0.8, 1.1)), (84, 62, 44)
     if product.kind == "bottle":
@@ -351,15 +349,15 @@ def draw_label(photo: Image.Image, view: View, fixed: Generator, upper: bool) ->
     wide, high = view.width * fixed.uniform(0.24, 0.36), view.height * fixed.uniform(0.1, 0.13)
     left = view.width * fixed.uniform(0.1, 0.6)
     top = y - high * fixed.uniform(0.95, 1.1) if upper else y + sag + high * fixed.uniform(0.05, 0.2)
-    colour = _choose(fixed, LABELS)
+    colour = _pick(fixed, LABELS)
     draw.rounded_rectangle((left, top, left + wide, top + high), 3, fill=colour, outline=(226, 214, 178))
     draw.rectangle((left + wide * 0.06, top + high * 0.15, left + wide * 0.56, top + high * 0.8), fill=(228, 224, 214))
-    name = _written(_choose(fixed, "1234") + _choose(fixed, "ABCDEFGHIJ"))
+    name = _written(_pick(fixed, "1234") + _pick(fixed, "ABCDEFGHIJ"))
     photo.paste((44, 44, 52), (int(left + wide * 0.09), int(top + high * 0.24)), _sized(name, wide * 0.32, high * 0.5))
     x, y = left + wide * 0.49, top + high * 0.25
     draw.polygon(((x, y), (x - 4, y + high * 0.22), (x + 4, y + high * 0.22)), fill=(44, 44, 52))
     draw.line((x, y, x, y + high * 0.48), fill=(44, 44, 52), width=2)
-    code = _sized(_choose(fixed, _textures().codes), wide * 0.2, high * 0.75)
+    code = _sized(_pick(fixed, _textures().codes), wide * 0.2, high * 0.75)
     photo.paste(code.convert("RGB"), (int(left + wide * 0.66), int(top + high * 0.12)))
 
 
@@ -368,14 +366,14 @@ def draw_bands(photo: Image.Image, view: View, fixed: Generator, rng: Generator)
     thick = fixed.uniform(0.12, 0.24)
     sparse = [(centre + fixed.uniform(-0.03, 0.03), thick) for centre in (0.15, 0.47, 0.8)]
     curtain, apron = [(fixed.uniform(0.3, 0.45), fixed.uniform(0.5, 0.7))], [(0.74, fixed.uniform(0.3, 0.45))]
-    strips = _choose(fixed, (curtain, curtain, apron, sparse[::2], sparse[::2], sparse[::2], sparse, sparse))
+    strips = _pick(fixed, (curtain, curtain, apron, sparse[::2], sparse[::2], sparse[::2], sparse, sparse))
     high = view.bottom - view.top
     colour = _tint((172, 158, 142), fixed.uniform(0.9, 1.1))
     pitch = view.height / 224 * fixed.uniform(3.6, 5.6)
     for centre, thick in strips:
         tall, tilt = max(8, int(thick * high)), int(rng.normal(0, 0.02) * view.width)
         threads = max(4, min(THREADS, round(tall / pitch))) * 8
-        strip = _sized(_choose(rng, _textures().bands).crop((0, 0, 512, threads)), view.width, tall)
+        strip = _sized(_pick(rng, _textures().bands).crop((0, 0, 512, threads)), view.width, tall)
         size, shear = (view.width, tall + abs(tilt)), (1, 0, 0, tilt / view.width, 1, min(0, -tilt))
         strip = strip.transform(size, Image.Transform.AFFINE, shear, BILINEAR)
         top = int(view.top + high * (centre + rng.normal(0, 0.015)) - strip.height / 2)
