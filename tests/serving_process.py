@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,11 +22,14 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0
 """Seconds that a test waits for what should come at once on a machine that has nothing else to do."""
+JPEG = {"content-type": "image/jpeg"}
+JSON = {"content-type": "application/json"}
+LINES = {"content-type": "application/jsonlines"}
 
 
 @dataclass
 class Answer:
-    """What a server said."""
+    """What a server answered."""
 
     status: int
     headers: dict[str, str]
@@ -36,6 +38,12 @@ class Answer:
     def json(self) -> Any:
         return json.loads(self.body)
 
+    def records(self) -> list[Any]:
+        """The records of any format."""
+        if self.headers["content-type"] == "application/jsonlines":
+            return [json.loads(line) for line in self.body.splitlines()]
+        return self.json().get("predictions", [self.json()])
+
 
 class ServerProcess:
     """The application under uvicorn in another process. While the file `gate` exists, its forward passes wait.
@@ -43,29 +51,17 @@ class ServerProcess:
     While the file `fault` beside it exists, they fail.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        scratch: Path,
-        listener: socket.socket | None = None,
-        batch_mode: bool = False,
-        **settings: Any,
-    ) -> None:
-        self.gate = scratch / "gate"
-        self.fault = scratch / "fault"
-        self.log = scratch / "server.log"
-        listener = listener.dup() if listener else socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port: int = listener.getsockname()[1]
-        order = {"folder": str(folder), "gate": str(self.gate), "listener": listener.fileno(), "settings": settings}
-        order["batch_mode"] = batch_mode
-        with self.log.open("wb") as log:
+    def __init__(self, folder: Path, scratch: Path, batch_mode: bool = False, **settings: Any) -> None:
+        self.gate, self.fault, self.log = scratch / "gate", scratch / "fault", scratch / "server.log"
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener, self.log.open("wb") as log:
+            self.port: int = listener.getsockname()[1]
+            options = [str(folder), str(scratch), str(listener.fileno()), str(batch_mode), json.dumps(settings)]
             self.process = subprocess.Popen(
-                [sys.executable, "-P", __file__, json.dumps(order)],
+                [sys.executable, "-P", __file__, *options],
                 pass_fds=[listener.fileno()],
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
-        listener.close()
         assert self.process.stdout is not None
         if self.process.stdout.readline() != b"ready\n":
             raise RuntimeError(f"the server did not start: {self.log.read_text()}")
@@ -91,7 +87,7 @@ class ServerProcess:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The log so far."""
+        """The requests in the log so far."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
     def request_line(self, request_id: str) -> dict[str, Any]:
@@ -104,12 +100,6 @@ class ServerProcess:
     def waiting(self) -> int:
         """Photos that wait or are being predicted."""
         return int(self.ask("/waiting").body)
-
-    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
-
-    def wait(self) -> int:
-        return self.process.wait(PATIENCE)
 
     def close(self) -> None:
         """End it, however it is."""
@@ -149,16 +139,21 @@ def ask(
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
 
 
+def head(length: int | str, more: str = "") -> bytes:
+    """The head of a request with a body of this length."""
+    return f"POST /invocations HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n{more}\r\n".encode()
+
+
 def same(answer: dict[str, Any], prediction: Prediction) -> bool:
     """Whether the answer is this photo's. No two of them agree in their probabilities."""
-    shares = {str(quantity): share for quantity, share in prediction.probabilities.items()}
+    probabilities = {str(quantity): share for quantity, share in prediction.probabilities.items()}
     return (
         answer["quantity"] == prediction.quantity
         and answer["model_version"] == prediction.model_version
         and answer["likely_quantities"] == list(prediction.likely_quantities)
         and answer["error"] == ""
-        and answer["probabilities"].keys() == shares.keys()
-        and all(abs(answer["probabilities"][quantity] - share) < 1e-5 for quantity, share in shares.items())
+        and answer["probabilities"].keys() == probabilities.keys()
+        and all(abs(answer["probabilities"][quantity] - share) < 1e-5 for quantity, share in probabilities.items())
         and abs(answer["confidence"] - prediction.confidence) < 1e-5
     )
 
@@ -170,18 +165,17 @@ def all_same(answers: Sequence[dict[str, Any]], predictions: Sequence[Prediction
 
 def refused(answer: Answer, status: int, reason: str = "") -> None:
     """Check that a request was refused, with a reason that has this part."""
-    assert answer.status == status
+    assert answer.status == status, answer.body
     assert answer.headers["content-type"] == "application/json"
-    error = answer.json()["error"]
-    assert reason in error
-    assert "Traceback" not in error
+    assert reason in answer.json()["error"]
+    assert "Traceback" not in answer.json()["error"]
 
 
-def eventually(condition: Callable[[], Any]) -> Any:
+def eventually(condition: Callable[[], Any], what: str = "the condition") -> Any:
     """The condition's value once it is true."""
     end = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert time.monotonic() < end, "it did not come true"
+        assert time.monotonic() < end, f"waited {PATIENCE:g} s for {what}"
         time.sleep(0.01)
     return value
 
@@ -192,37 +186,37 @@ def main() -> None:
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 
-    from stocktake.serving.app import create_app
+    from stocktake.serving.app import MAX_PIXELS, create_app
     from stocktake.serving.predictor import Predictor
     from stocktake.serving.settings import ServerSettings
-    from stocktake.serving.supervisor import server_config
-    from stocktake.serving.telemetry import start_logging
+    from stocktake.serving.supervisor import configure_logging, server_config
 
-    order = json.loads(sys.argv[1])
+    folder, scratch, listener, batch_mode, settings_json = sys.argv[1:]
+    gate, fault = Path(scratch, "gate"), Path(scratch, "fault")
 
     class GatedPredictor(Predictor):
-        def probabilities(self, prepared: Any) -> Any:
-            while Path(order["gate"]).exists():
+        def probabilities(self, prepared: Any, **options: Any) -> Any:
+            while gate.exists():
                 time.sleep(0.005)
-            if Path(order["gate"]).with_name("fault").exists():
+            if fault.exists():
                 raise RuntimeError("the engine failed")
-            return super().probabilities(prepared)
+            return super().probabilities(prepared, **options)
 
-    class TellReady(uvicorn.Server):
+    class ReadyServer(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             os.write(1, b"ready\n")
 
-    settings = ServerSettings(**({"threads": 1} | order["settings"]))
-    predictor = GatedPredictor(Path(order["folder"]), threads=settings.threads)
-    log = start_logging()
-    app = create_app(predictor, settings, batch_mode=order["batch_mode"], on_end=log.stop)
+    configure_logging()
+    settings = ServerSettings(**({"threads": 1} | json.loads(settings_json)))
+    predictor = GatedPredictor(Path(folder), threads=settings.threads, max_pixels=MAX_PIXELS)
+    app = create_app(predictor, settings, batch_mode=batch_mode == "True")
 
     async def waiting(_: Any) -> PlainTextResponse:
         return PlainTextResponse(str(app.state.service.pool.waiting))
 
     app.routes.append(Route("/waiting", waiting))
-    TellReady(server_config(lambda: app, settings)).run([socket.socket(fileno=order["listener"])])
+    ReadyServer(server_config(lambda: app, settings)).run([socket.socket(fileno=int(listener))])
 
 
 if __name__ == "__main__":

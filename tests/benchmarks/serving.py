@@ -134,6 +134,7 @@ class Server:
         self.name, self.port, self.sent = name, port, sent
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mlflow looks for its uvicorn there
         environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(THREADS), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment["STOCKTAKE_PORT"] = str(port)
         began = time.perf_counter()
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -212,7 +213,7 @@ def main() -> None:
         table = {"dataframe_split": {"columns": ["photo"], "data": [[base64.b64encode(data).decode()]]}}
         encoded = request(json.dumps(table).encode(), "application/json")
         port, other = free_port(), free_port()
-        ours = [sys.executable, "-P", "-m", "stocktake.serving.serve", str(exported), "--port", str(port)]
+        ours = [sys.executable, "-P", "-m", "stocktake.serving.serve", str(exported)]
         theirs = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(peer), "-p", str(other)]
         servers: list[Server] = []
         try:

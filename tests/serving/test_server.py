@@ -9,25 +9,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from serving_process import ServerProcess, all_same, ask, refused, same, serving
-from stocktake.serving.payloads import PHOTO_TYPES
+from serving_process import JPEG, JSON, LINES, ServerProcess, all_same, ask, head, refused, same, serving
 from stocktake.serving.predictor import Prediction, Predictor
 from tiny_bins import draw_bin
 
 PHOTOS = [draw_bin(1 + number % 3, 600 + number) for number in range(9)]
 TEXTS = [base64.b64encode(photo).decode() for photo in PHOTOS]
-JPEG = {"content-type": "image/jpeg"}
-JSON = {"content-type": "application/json"}
-LINES = {"content-type": "application/jsonlines"}
+BAD = base64.b64encode(b"no photo").decode()
 
 
 @pytest.fixture(scope="module")
 def server(exported_model: Path) -> Iterator[ServerProcess]:
-    with serving(exported_model, max_request_bytes=300_000, max_request_photos=40) as process:
+    with serving(exported_model, max_request_bytes=300_000, max_request_photos=40, max_queue=20) as process:
         yield process
 
 
@@ -52,46 +48,31 @@ def test_ping_says_which_model_answers(server: ServerProcess, predictions: list[
 
 
 def test_photos_differ_so_that_answers_can_be_matched(predictions: list[Prediction]) -> None:
-    assert len(
-        {tuple(round(share, 4) for share in prediction.probabilities.values()) for prediction in predictions}
-    ) == len(predictions)
+    shares = {tuple(round(share, 4) for share in prediction.probabilities.values()) for prediction in predictions}
+    assert len(shares) == len(predictions)
 
 
-@pytest.mark.parametrize("media", [*PHOTO_TYPES, None])
+@pytest.mark.parametrize("media", ["image/jpeg", "application/x-image", None])
 def test_a_photo_as_the_body(media: str | None, server: ServerProcess, predictions: list[Prediction]) -> None:
     answer = server.ask(body=PHOTOS[4], headers={"content-type": media} if media else {})
-    assert answer.status == 200
-    assert answer.headers["content-type"] == "application/json"
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert same(answer.json(), predictions[4])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"dataframe_split": {"columns": ["photo"], "data": [[text] for text in TEXTS]}},
-        {"dataframe_records": [{"photo": text} for text in TEXTS]},
-        {"inputs": TEXTS},
-        {"inputs": {"photo": TEXTS}},
-        {"instances": [{"b64": text} for text in TEXTS]},
-    ],
-    ids=["split", "records", "list", "columns", "instances"],
-)
-def test_photos_in_json(content: dict[str, Any], server: ServerProcess, predictions: list[Prediction]) -> None:
+def test_photos_in_json(server: ServerProcess, predictions: list[Prediction]) -> None:
+    content = {"dataframe_split": {"columns": ["photo"], "data": [[text] for text in TEXTS]}}
     answer = server.ask(body=json.dumps(content).encode(), headers=JSON)
     assert answer.status == 200
-    assert all_same(answer.json()["predictions"], predictions)
+    assert all_same(answer.records(), predictions)
 
 
-@pytest.mark.parametrize("media", ["application/jsonlines", "application/x-jsonlines", "application/x-ndjson"])
-def test_a_line_a_photo_loses_none(media: str, server: ServerProcess, predictions: list[Prediction]) -> None:
-    not_a_photo = base64.b64encode(b"not a photo").decode()
-    lines = [json.dumps({"photo": TEXTS[0]}), "{", json.dumps({"photo": not_a_photo}), TEXTS[1], json.dumps(TEXTS[2])]
-    answer = server.ask(body="\n".join(lines).encode(), headers={"content-type": media})
-    assert answer.status == 200
-    assert answer.headers["content-type"] == "application/jsonlines"
-    records = [json.loads(line) for line in answer.body.splitlines()]
+def test_a_line_a_photo_loses_none(server: ServerProcess, predictions: list[Prediction]) -> None:
+    lines = [json.dumps({"photo": TEXTS[0]}), "{", json.dumps({"photo": BAD}), json.dumps(TEXTS[1])]
+    answer = server.ask(body="\n".join(lines).encode(), headers=LINES)
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/jsonlines")
+    records = answer.records()
     assert all(record["error"] and record["quantity"] is None for record in records[1:3])
-    assert all_same([records[0], *records[3:]], predictions[:3])
+    assert all_same([records[0], records[3]], predictions[:2])
 
 
 def test_a_body_in_chunks(server: ServerProcess, predictions: list[Prediction]) -> None:
@@ -100,20 +81,12 @@ def test_a_body_in_chunks(server: ServerProcess, predictions: list[Prediction]) 
     assert same(answer.json(), predictions[2])
 
 
-def test_the_client_chooses_the_form_of_the_answer(server: ServerProcess, predictions: list[Prediction]) -> None:
-    answer = server.ask(body=PHOTOS[0], headers=JPEG | {"accept": "application/jsonlines"})
-    assert answer.headers["content-type"] == "application/jsonlines"
-    assert answer.body.endswith(b"}\n")
-    answer = server.ask(body=f"{TEXTS[0]}\n{TEXTS[1]}".encode(), headers=LINES | {"accept": "application/json"})
-    assert all_same(answer.json()["predictions"], predictions[:2])
-
-
 @pytest.mark.parametrize(
     ("body", "headers", "status", "reason"),
     [
         (b"", JPEG, 400, "the body is empty"),
         (b"{", JSON, 400, "the JSON cannot be read"),
-        (b"[" * 100_000, JSON, 400, "nested too deeply"),
+        (b"[" * 100_000, JSON, 400, "the JSON cannot be read"),
         (json.dumps({"inputs": ["?"]}).encode(), JSON, 422, "not base64"),
         (bytes(300_001), JPEG, 413, "more than 300000 bytes"),
         (json.dumps({"inputs": [""] * 41}).encode(), JSON, 413, "40 photos"),
@@ -135,7 +108,8 @@ def test_a_bad_request_is_refused_and_the_connection_kept(
 
 
 def test_unknown_paths_and_methods(server: ServerProcess) -> None:
-    refused(server.ask("/nowhere"), 404)
+    for path in ("/nowhere", "/", "/explain"):  # the last two only with the setting `page`
+        refused(server.ask(path), 404)
     refused(server.ask("/ping/"), 404)
     answer = server.ask("/invocations")
     refused(answer, 405)
@@ -152,7 +126,7 @@ def test_clients_at_once_get_their_own_answers(server: ServerProcess, prediction
     def client(number: int) -> int:
         connection = server.connection()
         right = 0
-        for turn in range(15):
+        for turn in range(8):
             which = (number + turn) % len(PHOTOS)
             answer = ask(connection, body=PHOTOS[which], headers=JPEG)
             right += answer.status == 200 and same(answer.json(), predictions[which])
@@ -160,15 +134,13 @@ def test_clients_at_once_get_their_own_answers(server: ServerProcess, prediction
         return right
 
     with ThreadPoolExecutor(12) as pool:
-        assert list(pool.map(client, range(12))) == [15] * 12
+        assert list(pool.map(client, range(12))) == [8] * 12
 
 
 def test_pipelined_requests_are_answered_in_order(server: ServerProcess, predictions: list[Prediction]) -> None:
-    head = "POST /invocations HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/jpeg\r\ncontent-length: {}\r\n{}\r\n"
     with server.socket() as raw:
         for number in (0, 1, 2):
-            last = "connection: close\r\n" if number == 2 else ""
-            raw.sendall(head.format(len(PHOTOS[number]), last).encode() + PHOTOS[number])
+            raw.sendall(head(len(PHOTOS[number]), "connection: close\r\n" * (number == 2)) + PHOTOS[number])
         received = b"".join(iter(lambda: raw.recv(65536), b""))
     records = [json.loads(body) for body in re.findall(rb"\r\n\r\n(\{.*?\}\S*)(?=HTTP/1|$)", received, re.DOTALL)]
     assert all_same(records, predictions[:3])
@@ -204,55 +176,53 @@ def test_sagemakers_custom_attributes_are_logged_and_returned(server: ServerProc
         assert name not in server.ask("/ping", headers={name: refused_value}).headers
 
 
-def test_a_6_mb_payload_of_small_photos_is_answered(exported_model: Path) -> None:
+def test_a_6_mb_payload_of_small_photos_is_answered(batch_server: ServerProcess) -> None:
     """As batch transform packs them: more photos than wait in a queue."""
-    lines = [json.dumps({"photo": TEXTS[number % len(TEXTS)]}) for number in range(2300)]
-    photo_lines = 6 * 2**20 // (len(lines[0]) + 1)
-    body = "\n".join(lines[:photo_lines]).encode()
-    assert photo_lines > 575
-    with serving(exported_model, max_queue=100) as process:
-        answer = process.ask(body=body, headers=LINES)
+    line = json.dumps({"photo": TEXTS[0]})
+    number = 6 * 2**20 // (len(line) + 1)
+    assert number > 575
+    answer = batch_server.ask(body="\n".join([line] * number).encode(), headers=LINES)
     assert answer.status == 200
-    assert answer.body.count(b'"error":""') == len(lines[:photo_lines])
+    assert answer.body.count(b'"error":""') == number
 
 
-@pytest.mark.parametrize("content_type", ["image/jpeg", "application/json", "application/jsonlines"])
+@pytest.mark.parametrize("headers", [JPEG, JSON, LINES], ids=["photo", "list", "lines"])
 def test_in_batch_mode_a_bad_photo_is_an_error_record(
-    content_type: str, batch_server: ServerProcess, predictions: list[Prediction]
+    headers: dict[str, str], batch_server: ServerProcess, predictions: list[Prediction]
 ) -> None:
     """A batch transform job ends at any status but 200."""
-    bad = base64.b64encode(b"no photo").decode()
-    texts = [TEXTS[0], bad, "?", TEXTS[1]]
+    texts = [TEXTS[0], BAD, "?", TEXTS[1]]
     bodies = {
         "image/jpeg": b"no photo",
         "application/json": json.dumps({"instances": texts}).encode(),
-        "application/jsonlines": "\n".join(texts).encode(),
+        "application/jsonlines": "\n".join(map(json.dumps, texts)).encode(),
     }
-    answer = batch_server.ask(body=bodies[content_type], headers={"content-type": content_type})
+    answer = batch_server.ask(body=bodies[headers["content-type"]], headers=headers)
     assert answer.status == 200
-    if content_type == "image/jpeg":
-        records = [answer.json()]
-    elif content_type == "application/json":
-        records = answer.json()["predictions"]
-    else:
-        records = [json.loads(line) for line in answer.body.splitlines()]
-    errors = [record for record in records if record["error"]]
-    assert len(errors) == (1 if content_type == "image/jpeg" else 2)
+    records = answer.records()
+    errors = records if headers == JPEG else records[1:3]
     for record in errors:
+        assert record["error"]
         assert (record["quantity"], record["confidence"], record["probabilities"]) == (None, None, {})
-        assert record.keys() == {*records[0]}
-    if len(records) > 1:
-        assert same(records[0], predictions[0])
-        assert same(records[3], predictions[1])
+    if headers != JPEG:
+        assert all_same([records[0], records[3]], predictions[:2])
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "[::ffff:8.8.8.8]", "", "0x7f.1"])
-def test_a_foreign_host_name_is_refused_on_loopback(host: str, server: ServerProcess) -> None:
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example:80", 400),
+        ("localhost.evil.example", 400),
+        ("[::ffff:8.8.8.8]", 400),
+        ("", 400),
+        ("0x7f.1", 400),
+        ("LOCALHOST:8080", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8080", 200),
+    ],
+)
+def test_a_foreign_host_name_is_refused_on_loopback(host: str, status: int, server: ServerProcess) -> None:
     """A web page whose name is pointed at 127.0.0.1 must not read the answers."""
-    refused(server.ask("/ping", headers={"host": host}), 421)
-    refused(server.ask(body=PHOTOS[0], headers=JPEG | {"host": host}), 421)
-
-
-def test_this_machines_own_names_are_answered(server: ServerProcess) -> None:
-    for host in ("localhost", "LOCALHOST:8080", "127.0.0.1", "127.8.8.8:1", "[::1]:8080"):
-        assert server.ask("/ping", headers={"host": host}).status == 200
+    assert server.ask("/ping", headers={"host": host}).status == status
+    assert server.ask(body=PHOTOS[0], headers=JPEG | {"host": host}).status == status

@@ -7,7 +7,6 @@ import contextlib
 import json
 import signal
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import psutil
 import pytest
 
 import stocktake.serving.app as app_module
-from serving_process import PATIENCE, ServerProcess, eventually, refused, same, serving
+from serving_process import JPEG, PATIENCE, ServerProcess, eventually, head, refused, same, serving
 from stocktake.serving.app import create_app
 from stocktake.serving.predictor import Prediction, Predictor
 from stocktake.serving.settings import ServerSettings
@@ -26,13 +25,12 @@ from stocktake.serving.supervisor import MAX_CONNECTIONS
 from tiny_bins import draw_bin
 
 PHOTOS = [draw_bin(1 + number % 3, 600 + number) for number in range(4)]
-JPEG = {"content-type": "image/jpeg"}
 
 
-@pytest.fixture
-def own_server(exported_model: Path) -> Iterator[ServerProcess]:
-    """One to overload, hold up and end."""
-    with serving(exported_model, max_queue=3, client_seconds=1, drain_seconds=PATIENCE) as process:
+@pytest.fixture(scope="module")
+def server(exported_model: Path) -> Iterator[ServerProcess]:
+    """One to overload and to hold up."""
+    with serving(exported_model, max_queue=3, client_seconds=1, stuck_seconds=0.3) as process:
         yield process
 
 
@@ -41,54 +39,60 @@ def predictions(exported_model: Path) -> list[Prediction]:
     return Predictor(exported_model).predict(PHOTOS)
 
 
-def test_a_full_queue_refuses_and_recovers(own_server: ServerProcess, predictions: list[Prediction]) -> None:
-    own_server.gate.touch()
+def test_a_full_queue_refuses_and_ping_fails_while_prediction_is_stuck(
+    server: ServerProcess, predictions: list[Prediction]
+) -> None:
+    server.gate.touch()
     with ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(own_server.ask, "/invocations", PHOTOS[number], JPEG) for number in range(3)]
-        eventually(lambda: own_server.waiting() == 3)
-        answer = own_server.ask(body=PHOTOS[3], headers=JPEG)
+        waiting = [pool.submit(server.ask, "/invocations", PHOTOS[number], JPEG) for number in range(3)]
+        eventually(lambda: server.waiting() == 3)
+        answer = server.ask(body=PHOTOS[3], headers=JPEG)
         refused(answer, 503, "too many photos wait")
         assert int(answer.headers["retry-after"]) >= 1
-        assert own_server.ask("/ping").status == 200
-        own_server.gate.unlink()
+        eventually(lambda: server.ask("/ping").status == 503)
+        refused(server.ask("/ping"), 503, "stuck")
+        server.gate.unlink()
         for future, prediction in zip(waiting, predictions, strict=False):
             assert same(future.result().json(), prediction)
-    assert same(own_server.ask(body=PHOTOS[3], headers=JPEG).json(), predictions[3])
+    assert same(server.ask(body=PHOTOS[3], headers=JPEG).json(), predictions[3])
+    assert server.ask("/ping").status == 200
 
 
-def test_a_fault_is_told_with_the_request_that_the_log_explains(own_server: ServerProcess) -> None:
-    own_server.fault.touch()
-    answer = own_server.ask(body=PHOTOS[0], headers=JPEG | {"x-request-id": "faulty-1"})
-    refused(answer, 500, "at request faulty-1")
-    assert "engine" not in answer.json()["error"]
-    assert "RuntimeError: the engine failed" in own_server.request_line("faulty-1")["traceback"]
-    own_server.fault.unlink()
-    assert own_server.ask(body=PHOTOS[0], headers=JPEG).status == 200
+def test_a_failing_engine_is_logged_by_request_and_fails_the_ping(server: ServerProcess) -> None:
+    server.fault.touch()
+    for number in range(3):
+        answer = server.ask(body=PHOTOS[0], headers=JPEG | {"x-request-id": f"faulty-{number}"})
+        refused(answer, 500, f"at request faulty-{number}")
+        assert "engine" not in answer.json()["error"]
+    assert "RuntimeError: the engine failed" in server.request_line("faulty-2")["traceback"]
+    refused(server.ask("/ping"), 503, "fails")
+    server.fault.unlink()
+    assert server.ask(body=PHOTOS[0], headers=JPEG).status == 200
+    assert server.ask("/ping").status == 200
 
 
-def test_a_client_that_leaves_frees_its_place(own_server: ServerProcess) -> None:
-    own_server.gate.touch()
-    head = f"POST /invocations HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(PHOTOS[0])}\r\n\r\n".encode()
-    clients = [own_server.socket() for _ in range(3)]
+def test_a_client_that_leaves_frees_its_place(server: ServerProcess) -> None:
+    server.gate.touch()
+    clients = [server.socket() for _ in range(3)]
     for client in clients:
-        client.sendall(head + PHOTOS[0])
-    eventually(lambda: own_server.waiting() == 3)
+        client.sendall(head(len(PHOTOS[0])) + PHOTOS[0])
+    eventually(lambda: server.waiting() == 3)
     for client in clients:
         client.close()
-    eventually(lambda: len([line for line in own_server.lines() if line.get("status") == 499]) == 3)
-    own_server.gate.unlink()
-    eventually(lambda: own_server.waiting() == 0)
-    assert own_server.ask(body=PHOTOS[0], headers=JPEG).status == 200
+    eventually(lambda: len([line for line in server.lines() if line.get("status") == 499]) == 3)
+    server.gate.unlink()
+    eventually(lambda: server.waiting() == 0)
+    assert server.ask(body=PHOTOS[0], headers=JPEG).status == 200
 
 
-def test_a_slow_body_is_refused_and_a_slow_head_cut_off(own_server: ServerProcess) -> None:
+def test_a_slow_body_is_refused_and_a_slow_head_cut_off(server: ServerProcess) -> None:
     """Also one byte at a time, so that something is always on its way."""
-    with own_server.socket() as raw:
-        raw.sendall(b"POST /invocations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\nab")
+    with server.socket() as raw:
+        raw.sendall(head(9) + b"ab")
         received = b"".join(iter(lambda: raw.recv(65536), b""))
     assert received.startswith(b"HTTP/1.1 408 ")
     for sent in (b"", b"POST /invocations HTTP/1.1\r\nhost:"):
-        with own_server.socket() as raw:
+        with server.socket() as raw:
             raw.sendall(sent)
             assert closed(raw, trickle=b"x" if sent else b"")
 
@@ -110,49 +114,26 @@ def closed(raw: socket.socket, trickle: bytes = b"") -> bool:
     return False
 
 
-def test_a_connection_that_never_reads_is_closed(own_server: ServerProcess) -> None:
+def test_a_connection_that_never_reads_is_closed(server: ServerProcess) -> None:
     """It asks for megabytes of answers, and leaves them in the buffers."""
-    before = psutil.Process(own_server.process.pid).num_fds()
+    before = psutil.Process(server.process.pid).num_fds()
     body = b"?\n" * 4000  # an error record a line: an answer of 600 kB
-    head = "POST /invocations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/jsonlines\r\n"
-    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-    with own_server.socket() as raw:
+    request = head(len(body), "content-type: application/jsonlines\r\n") + body
+    with server.socket() as raw:
         raw.sendall(request * 30)
-        eventually(lambda: psutil.Process(own_server.process.pid).num_fds() > before)
-        eventually(lambda: psutil.Process(own_server.process.pid).num_fds() <= before)
-    assert own_server.ask("/ping").status == 200
+        eventually(lambda: psutil.Process(server.process.pid).num_fds() > before)
+        eventually(lambda: psutil.Process(server.process.pid).num_fds() <= before)
+    assert server.ask("/ping").status == 200
 
 
-def test_ping_fails_while_prediction_is_stuck_or_dead(exported_model: Path) -> None:
-    with serving(exported_model, stuck_seconds=0.3) as process, ThreadPoolExecutor(1) as pool:
-        assert process.ask("/ping").status == 200
-        process.gate.touch()
-        waiting = pool.submit(process.ask, "/invocations", PHOTOS[0], JPEG)
-        eventually(lambda: process.ask("/ping").status == 503)
-        refused(process.ask("/ping"), 503, "stuck")
-        process.gate.unlink()
-        assert waiting.result().status == 200
-        assert process.ask("/ping").status == 200
-        process.fault.touch()
-        assert [process.ask(body=PHOTOS[0], headers=JPEG).status for _ in range(3)] == [500] * 3
-        refused(process.ask("/ping"), 503, "fails")
-        process.fault.unlink()
-        assert process.ask(body=PHOTOS[0], headers=JPEG).status == 200
-        assert process.ask("/ping").status == 200
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_it_answers_what_has_begun(
-    number: signal.Signals, exported_model: Path, predictions: list[Prediction]
-) -> None:
-    head = f"POST /invocations HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(PHOTOS[2])}\r\n\r\n".encode()
+def test_a_worker_that_ends_answers_what_has_begun(exported_model: Path, predictions: list[Prediction]) -> None:
     with serving(exported_model, drain_seconds=PATIENCE, client_seconds=PATIENCE) as process, process.socket() as kept:
         process.gate.touch()
         with ThreadPoolExecutor(2) as pool:
             begun = [pool.submit(process.ask, "/invocations", PHOTOS[which], JPEG) for which in range(2)]
-            kept.sendall(head + PHOTOS[2][:100])
+            kept.sendall(head(len(PHOTOS[2])) + PHOTOS[2][:100])
             eventually(lambda: process.waiting() == 2)
-            process.signal(number)
+            process.process.send_signal(signal.SIGINT)
             eventually(lambda: not _accepts(process))
             kept.sendall(PHOTOS[2][100:])
             process.gate.unlink()
@@ -160,7 +141,7 @@ def test_told_to_end_it_answers_what_has_begun(
                 assert same(future.result().json(), prediction)
         received = b"".join(iter(lambda: kept.recv(65536), b""))
         assert same(json.loads(received.partition(b"\r\n\r\n")[2]), predictions[2])
-        process.wait()
+        process.process.wait(PATIENCE)
         assert len([line for line in process.lines() if line.get("Photos")]) == 3
 
 
@@ -178,40 +159,38 @@ def test_what_takes_longer_than_the_end_may_is_refused(exported_model: Path) -> 
         with ThreadPoolExecutor(1) as pool:
             begun = pool.submit(process.ask, "/invocations", PHOTOS[0], JPEG)
             eventually(lambda: process.waiting() == 1)
-            process.signal()
+            process.process.terminate()
             answer = begun.result()
         refused(answer, 503, "ending")
         assert answer.headers["retry-after"]
-        process.wait()
 
 
-def test_a_client_may_ask_whether_to_send(own_server: ServerProcess) -> None:
-    head = "POST /invocations HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {}\r\n\r\n"
-    with own_server.socket() as raw:
-        raw.sendall(head.format(10**9).encode())
+def test_a_client_may_ask_whether_to_send(server: ServerProcess) -> None:
+    with server.socket() as raw:
+        raw.sendall(head(10**9, "expect: 100-continue\r\n"))
         assert raw.recv(65536).startswith(b"HTTP/1.1 413 ")
-    with own_server.socket() as raw:
-        raw.sendall(head.format(len(PHOTOS[0])).encode())
+    with server.socket() as raw:
+        raw.sendall(head(len(PHOTOS[0]), "expect: 100-continue\r\n"))
         assert raw.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         raw.sendall(PHOTOS[0])
         assert raw.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_connections_are_bounded(own_server: ServerProcess) -> None:
+def test_connections_are_bounded(server: ServerProcess) -> None:
     with contextlib.ExitStack() as opened:
-        clients = [opened.enter_context(own_server.socket()) for _ in range(MAX_CONNECTIONS)]
+        clients = [opened.enter_context(server.socket()) for _ in range(MAX_CONNECTIONS)]
 
         def is_refused() -> bool:
             clients[0].sendall(b"GET /ping HTTP/1.1\r\nhost: localhost\r\n\r\n")
             return clients[0].recv(65536).startswith(b"HTTP/1.1 503 ")
 
         eventually(is_refused)  # once all of them are accepted
-    eventually(lambda: own_server.ask("/ping").status == 200)
+    eventually(lambda: server.ask("/ping").status == 200)
 
 
 def test_bodies_held_at_once_are_bounded(exported_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, with less memory to fill."""
-    monkeypatch.setattr(app_module, "MAX_HELD_BYTES", 1000)
+    monkeypatch.setattr(app_module, "MAX_BODIES_BYTES", 1000)
     app = create_app(Predictor(exported_model), ServerSettings(max_request_bytes=1024))
 
     async def run() -> list[int]:
@@ -223,40 +202,13 @@ def test_bodies_held_at_once_are_bounded(exported_model: Path, monkeypatch: pyte
 
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             first = [asyncio.create_task(client.post("/invocations", content=slowly())) for _ in range(2)]
-            while app.state.service.held_bytes < 2000:
+            while app.state.service.bodies_bytes < 2000:
                 await asyncio.sleep(0.005)
             refused_client = await client.post("/invocations", content=bytes(100))
             more.set()
             for task in first:
                 task.cancel()
             await asyncio.gather(*first, return_exceptions=True)
-            return [refused_client.status_code, app.state.service.held_bytes]
+            return [refused_client.status_code, app.state.service.bodies_bytes]
 
     assert asyncio.run(run()) == [503, 0]
-
-
-def test_processes_share_a_socket_and_one_ends_without_the_other(exported_model: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        first = ServerProcess(exported_model, tmp_path, listener=listener)
-        (tmp_path / "second").mkdir()
-        second = ServerProcess(exported_model, tmp_path / "second", listener=listener)
-    stop, statuses = threading.Event(), []
-
-    def client() -> None:
-        while not stop.is_set():
-            statuses.append(second.ask(body=PHOTOS[0], headers=JPEG).status)
-
-    thread = threading.Thread(target=client)
-    thread.start()
-    try:
-        eventually(lambda: len(statuses) > 20)
-        first.signal()
-        first.wait()
-        answered = len(statuses)
-        eventually(lambda: len(statuses) > answered + 20)
-    finally:
-        stop.set()
-        thread.join()
-        first.close()
-        second.close()
-    assert set(statuses) == {200}

@@ -67,7 +67,7 @@ class PredictConfig(Settings):
     """
 
     photos: list[str] | str = field(default_factory=list)
-    """Photos, folders with photos, or CSV files with a column photo or path; given before the options."""
+    """Photos, folders with photos, or CSV files with a column photo or path; named before the options."""
     model: str = "models:/stocktake@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a model folder."""
     endpoint: str | None = None
@@ -76,8 +76,6 @@ class PredictConfig(Settings):
     """table: for people. The others: for programs."""
     output: str | None = None
     """File to write. Default: the terminal."""
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Photos a step."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

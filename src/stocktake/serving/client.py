@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import urllib3
+
 from stocktake.data.images import PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.serving.predictor import Prediction
 
-_BROKEN = (http.client.RemoteDisconnected, http.client.BadStatusLine, ConnectionResetError, BrokenPipeError)
+AT_ONCE = 4
+"""Requests of `predict_all` at a time."""
 
 
 class Client:
@@ -25,23 +26,32 @@ class Client:
 
         Args:
             address: http://host:port or https://...; a path is put before /invocations.
-            seconds: how long a photo's answer may take, waits for a full server included.
+            seconds: how long an answer may take, and how long a full server is asked again.
 
         Raises:
             StocktakeError: no such address.
         """
-        parts = urlsplit(address)
         try:
-            host, port = parts.hostname, parts.port
+            parts = urlsplit(address)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
-            host, port = None, None
-        if parts.scheme not in ("http", "https") or not host:
+            is_address = False
+        if not is_address:
             raise StocktakeError(f"{address} is no address of a server: give one such as http://127.0.0.1:8080")
         self.address = address
-        self._secure, self._host, self._port = parts.scheme == "https", host, port
-        self._path = f"{parts.path.rstrip('/').removesuffix('/invocations')}/invocations"
-        self._seconds = seconds
-        self._idle: list[http.client.HTTPConnection] = []  # a connection is for one thread at a time
+        self._url = f"{address.rstrip('/').removesuffix('/invocations')}/invocations"
+        retries = urllib3.Retry(
+            total=None,
+            connect=0,
+            read=2,  # a kept connection that was closed
+            status=round(seconds),
+            status_forcelist=[503],
+            allowed_methods=None,
+            backoff_factor=1,  # where there is no Retry-After
+            backoff_max=1,
+            raise_on_status=False,
+        )
+        self._pool = urllib3.PoolManager(maxsize=2 * AT_ONCE, timeout=seconds, retries=retries)
 
     def predict(self, photo: bytes) -> Prediction:
         """The server's prediction for one photo.
@@ -50,20 +60,31 @@ class Client:
             PhotoError: the server cannot use it.
             StocktakeError: the server does not answer, or not as a server of stocktake.
         """
-        deadline = time.monotonic() + self._seconds
-        while True:
-            status, wait, body = self._post(photo)
-            if status == 200:
-                return _prediction(body, self.address)
-            reason = _reason(body)
-            if status in (400, 413, 415, 422):
-                raise PhotoError(reason or f"the server refused it with status {status}")
-            if status != 503 or time.monotonic() + wait > deadline:
-                raise StocktakeError(f"{self.address} answers with status {status} ({reason}): see its log")
-            time.sleep(wait)
+        try:
+            answer = self._pool.request(
+                "POST", self._url, body=photo, headers={"content-type": "application/octet-stream"}, redirect=False
+            )
+            content: dict[str, Any] = json.loads(answer.data)
+            if answer.status in (400, 413, 415, 422) or (answer.status == 200 and content["error"]):
+                raise PhotoError(str(content["error"]))
+            if answer.status != 200:
+                raise StocktakeError(f"{self.address} answers with status {answer.status} ({content['error']})")
+            return Prediction(
+                quantity=int(content["quantity"]),
+                confidence=float(content["confidence"]),
+                probabilities={int(quantity): float(share) for quantity, share in content["probabilities"].items()},
+                likely_quantities=tuple(int(quantity) for quantity in content["likely_quantities"]),
+                model_version=str(content["model_version"]),
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise StocktakeError(f"{self.address} does not answer ({error}): is it running?") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise StocktakeError(
+                f"{self.address} answers, but not as a server of stocktake: check the address"
+            ) from None
 
-    def predict_all(self, photos: Iterable[bytes], at_once: int = 4) -> Iterator[Prediction | PhotoError]:
-        """The answers in order; a photo that cannot be used has its reason in its place. Errors as `count`."""
+    def predict_all(self, photos: Iterable[bytes], at_once: int = AT_ONCE) -> Iterator[Prediction | PhotoError]:
+        """The answers in order; a photo that cannot be used has its reason in its place. Errors as `predict`."""
 
         def outcome(photo: bytes) -> Prediction | PhotoError:
             try:
@@ -73,48 +94,3 @@ class Client:
 
         with ThreadPoolExecutor(at_once) as threads:
             yield from threads.map(outcome, photos)
-
-    def _post(self, photo: bytes) -> tuple[int, float, bytes]:
-        """Status, seconds to wait before asking again, body. A kept connection that was closed is opened again."""
-        while True:
-            try:
-                connection, kept = self._idle.pop(), True
-            except IndexError:
-                kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-                connection, kept = kind(self._host, self._port, timeout=self._seconds), False
-            try:
-                connection.request("POST", self._path, photo, {"Content-Type": "application/octet-stream"})
-                answer = connection.getresponse()
-                body = answer.read()
-            except (OSError, http.client.HTTPException) as error:
-                connection.close()
-                if kept and isinstance(error, _BROKEN):
-                    continue
-                why = str(error) or type(error).__name__
-                raise StocktakeError(f"{self.address} does not answer ({why}): is it running?") from None
-            self._idle.append(connection)
-            wait = answer.headers.get("Retry-After", "")
-            return answer.status, float(wait) if wait.isdecimal() else 1.0, body
-
-
-def _prediction(body: bytes, address: str) -> Prediction:
-    try:
-        answer: dict[str, Any] = json.loads(body)
-        if answer["error"]:  # of a batch transform's server
-            raise PhotoError(str(answer["error"]))
-        return Prediction(
-            quantity=int(answer["quantity"]),
-            confidence=float(answer["confidence"]),
-            probabilities={int(quantity): float(share) for quantity, share in answer["probabilities"].items()},
-            likely_quantities=tuple(int(quantity) for quantity in answer["likely_quantities"]),
-            model_version=str(answer["model_version"]),
-        )
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise StocktakeError(f"{address} answers, but not as a server of stocktake: check the address") from None
-
-
-def _reason(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"])
-    except (ValueError, TypeError, KeyError):
-        return ""

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from stocktake.serving.engine_pool import EnginePool
 from stocktake.serving.predictor import CHUNK, Predictor
 
 GRID = 8
@@ -18,17 +17,17 @@ GRID = 8
 _PAGE = Path(__file__).with_name("page.html")
 
 
-def occlusion(model: Predictor | EnginePool, prepared: npt.NDArray[np.uint8]) -> tuple[int, npt.NDArray[np.float64]]:
+def occlusion(predictor: Predictor, photo: bytes) -> tuple[int, npt.NDArray[np.float64]]:
     """The predicted quantity, and (GRID, GRID): by how much its probability falls without each part of the photo.
 
     A part is a cell and half of each of its neighbours, painted in the photo's mean colour: parts that overlap show
     items that lie across cells. Below zero where the part spoke for another quantity.
 
-    Args:
-        model: gives the probabilities.
-        prepared: (size, size, 3), as `Predictor.prepare` gives it.
+    Raises:
+        PhotoError: the photo cannot be used.
     """
-    whole = model.probabilities(prepared[None])[0]
+    prepared = predictor.prepare(photo)
+    whole = predictor.probabilities(prepared[None])[0]
     best = int(whole.argmax())
     edges = np.linspace(0, len(prepared), 2 * GRID + 1).round().astype(int)  # of half cells
     mean = prepared.mean(axis=(0, 1)).round().astype(np.uint8)
@@ -38,8 +37,8 @@ def occlusion(model: Predictor | EnginePool, prepared: npt.NDArray[np.uint8]) ->
         top, left = edges[max(2 * row - 1, 0)], edges[max(2 * column - 1, 0)]
         bottom, right = edges[min(2 * row + 3, 2 * GRID)], edges[min(2 * column + 3, 2 * GRID)]
         part[top:bottom, left:right] = mean
-    chunks = [model.probabilities(parts[start : start + CHUNK])[:, best] for start in range(0, len(parts), CHUNK)]
-    return model.labels[best], (whole[best] - np.concatenate(chunks)).reshape(GRID, GRID)
+    chunks = [predictor.probabilities(parts[start : start + CHUNK])[:, best] for start in range(0, len(parts), CHUNK)]
+    return predictor.labels[best], (whole[best] - np.concatenate(chunks)).reshape(GRID, GRID)
 
 
 def page() -> tuple[bytes, dict[str, str]]:

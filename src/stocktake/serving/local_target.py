@@ -33,7 +33,7 @@ from stocktake.serving import endpoints
 from stocktake.serving.client import Client
 from stocktake.serving.endpoints import Endpoint
 from stocktake.serving.predictor import record
-from stocktake.serving.settings import ServerSettings
+from stocktake.serving.settings import ServerSettings, setting_descriptions
 
 FLAVOR = "python_function"
 COLUMN = "photo"
@@ -168,9 +168,11 @@ def run_local(name: str, model_uri: str, flavor: str | None = None, config: dict
         ServerSettings.read(config or {})
     with _fetched(model_uri) as model, _as_mlflow_error(INTERNAL_ERROR):
         print(f"{name}: serving in the foreground (Ctrl-C ends it)", flush=True)
-        options = [word for setting, value in (config or {}).items() for word in (f"--{setting}", str(value))]
+        settings = {f"STOCKTAKE_{setting.upper()}": str(value) for setting, value in (config or {}).items()}
         # a process of its own: uvicorn's workers import their parent's main module, and mlflow's takes seconds
-        server = subprocess.Popen([sys.executable, "-P", "-m", "stocktake.serving.serve", str(model), *options])
+        server = subprocess.Popen(
+            [sys.executable, "-P", "-m", "stocktake.serving.serve", str(model)], env=os.environ | settings
+        )
         while server.poll() is None:
             with suppress(KeyboardInterrupt):  # a terminal sends it to the server too
                 server.wait()
@@ -182,8 +184,6 @@ def run_local(name: str, model_uri: str, flavor: str | None = None, config: dict
 
 def target_help() -> str:
     """What `mlflow deployments help -t stocktake-local` says."""
-    from stocktake.serving.serve import setting_descriptions
-
     settings = "\n".join(f"  {name:18} {text}" for name, text in setting_descriptions().items())
     return f"""A model of stocktake, served by processes of this machine that outlive the command.
 

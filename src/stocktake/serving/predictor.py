@@ -1,4 +1,5 @@
-"""Photo bytes to quantity, confidence and probabilities. Needs numpy, Pillow and an engine; neither torch nor mlflow.
+"""Photo bytes to quantity, confidence and probabilities. Needs numpy, Pillow, pydantic and an engine; neither torch nor
+mlflow.
 
 The engine is OpenVINO where it is installed, else ONNX Runtime. On processors with bfloat16 instructions OpenVINO
 computes in bfloat16, about twice as fast, if the export check found that this model's answers stay the same.
@@ -11,21 +12,23 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from itertools import islice
-from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import BaseModel, Field
 
-from stocktake.data.images import FORMATS, PhotoError, decode, resize_to_square
+from stocktake.data.images import FORMATS, LARGEST_PHOTO, PhotoError, decode, resize_to_square
 from stocktake.errors import StocktakeError
 
 NEWEST_FORMAT = 2
@@ -42,6 +45,8 @@ MAX_SIDE = 16_384
 """Pixels. Photos with a longer side are refused before they are decoded."""
 MAX_SCANS = 100
 """Of a progressive JPEG, which has about ten. Each costs the decoder a pass over all pixels."""
+MANY_PIXELS = 2_000_000
+"""Photos with more are decoded one at a time: a decoder needs up to 15 bytes a pixel while it works."""
 MAX_DESCRIPTION_BYTES = 1_000_000
 MAX_GRAPH_BYTES = 2**31
 _Forward = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
@@ -62,8 +67,27 @@ class Prediction:
     """Version of the model that answered."""
 
 
+class _Preprocessing(BaseModel):
+    size: Annotated[int, Field(strict=True, ge=8, le=4096)]
+
+
+class _Calibration(BaseModel):
+    temperature: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)]
+    set_threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+
+
+class _Description(BaseModel):
+    """What is read of model.json, which may come from somebody else."""
+
+    labels: Annotated[list[Annotated[int, Field(strict=True, ge=0, le=100_000)]], Field(min_length=1, max_length=1000)]
+    preprocessing: _Preprocessing
+    calibration: _Calibration
+    engine: Engine | None = None
+    precision: Precision = "f32"
+
+
 class Predictor:
-    """An exported model, loaded. Its methods may be called from several threads at once."""
+    """An exported model, loaded. May be used by several threads at once; forward passes run one at a time."""
 
     def __init__(
         self,
@@ -73,6 +97,7 @@ class Predictor:
         version: str | None = None,
         engine: Engine | None = None,
         precision: Precision | None = None,
+        max_pixels: int = LARGEST_PHOTO,
     ) -> None:
         """Load model.onnx and model.json.
 
@@ -80,8 +105,9 @@ class Predictor:
             folder: as written by the export, or an MLflow model folder with one in it.
             threads: of one forward pass. One by default: with more, passes stall as soon as the machine is shared.
             version: model_version of the predictions. Default: the first 12 digits of the files' SHA-256.
-            engine: which one computes. Default: the one that model.json asks for, else the first that is installed.
+            engine: which one computes. Default: the one that model.json names, else the first that is installed.
             precision: of OpenVINO; bf16 where the processor has it. Default: what the export check found to be equal.
+            max_pixels: of a photo; larger ones are refused before they are decoded.
 
         Raises:
             StocktakeError: no model, a damaged one, values out of bounds, a newer format, or no engine is installed.
@@ -90,38 +116,37 @@ class Predictor:
         try:
             text = _read(folder / DESCRIPTION, MAX_DESCRIPTION_BYTES)
             graph = _read(folder / GRAPH, MAX_GRAPH_BYTES)
-            self.description = _checked_description(json.loads(text))
-        except _NewerFormatError as error:
-            raise StocktakeError(f"{folder} {error}") from None
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise StocktakeError(f"{folder} holds no exported model: {error}") from None
-        self.labels: tuple[int, ...] = tuple(self.description["labels"])
-        self.size: int = self.description["preprocessing"]["size"]
-        self.temperature = float(self.description["calibration"]["temperature"])
-        self.set_threshold = float(self.description["calibration"].get("set_threshold", 0.0))
+            self.description: dict[str, Any] = json.loads(text)
+            if (format := self.description["format"]) > NEWEST_FORMAT:
+                raise StocktakeError(
+                    f"{folder} has format {format}; this version reads up to {NEWEST_FORMAT}: upgrade stocktake"
+                )
+            described = _Description.model_validate(self.description)
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise StocktakeError(f"{folder} holds no exported model: {_one_line(error)}") from None
+        self.labels = tuple(described.labels)
+        self.size = described.preprocessing.size
         self.version = version or digest(text, graph)
-        required: Engine | None = self.description.get("engine")
-        chosen = engine or required or next((name for name in ENGINES if find_spec(name)), None)
-        if chosen == required and required and not find_spec(required):
+        self._calibration, self._max_pixels = described.calibration, max_pixels
+        self._engine_lock, self._large_photo = threading.Lock(), threading.Lock()
+        chosen = engine or described.engine or next((name for name in ENGINES if find_spec(name)), None)
+        if chosen is None or not find_spec(chosen):
             raise StocktakeError(
-                f"the model in {folder} needs {required}, which is not installed: pip install {required}"
+                f"the model in {folder} needs {chosen or ' or '.join(ENGINES)}, which is not installed: pip install "
+                f"{chosen or repr('stocktake[serving]')}"
             )
-        if chosen is None:
-            raise StocktakeError("neither openvino nor onnxruntime is installed: pip install 'stocktake[serving]'")
+        load = _openvino if chosen == "openvino" else _onnxruntime
         try:
             refuse_external_data(graph)
-            load = _openvino if chosen == "openvino" else _onnxruntime
-            precision = precision or self.description.get("precision", "f32")
-            self._forward, classes, self.engine = load(graph, threads, precision)
+            self._forward, classes, self.engine = load(graph, threads, precision or described.precision)
         except Exception as error:  # the engines' errors have no class in common
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise StocktakeError(
                 f"{folder} holds no exported model that {chosen} can load: {GRAPH} is damaged, or has an operator or "
-                f"data that are not supported ({reason[:300]})"
+                f"data that are not supported ({_one_line(error)})"
             ) from None
-        if classes != len(self.labels):
+        if not classes == len(self.labels) == len(set(self.labels)):
             raise StocktakeError(
-                f"{folder} holds no exported model: {DESCRIPTION} has {len(self.labels)} labels, {GRAPH} {classes}"
+                f"{folder} holds no exported model: {DESCRIPTION} has the labels {self.labels}, {GRAPH} {classes}"
             )
 
     def predict(self, photos: Sequence[bytes]) -> list[Prediction]:
@@ -137,20 +162,13 @@ class Predictor:
             predictions.append(outcome)
         return predictions
 
-    def predict_each(
-        self, photos: Iterable[bytes], map: Callable[..., Iterable[Any]] = map
-    ) -> Iterator[Prediction | PhotoError]:
-        """The prediction, or what is wrong with it, of each photo in order; CHUNK photos are in memory at once.
-
-        Args:
-            photos: bytes of JPEG, PNG or WebP files.
-            map: decodes the photos of a chunk; an executor's `map` uses its threads.
-        """
+    def predict_each(self, photos: Iterable[bytes]) -> Iterator[Prediction | PhotoError]:
+        """The prediction, or what is wrong with it, of each photo in order; CHUNK photos are in memory at once."""
         remaining = iter(photos)
         while chunk := list(islice(remaining, CHUNK)):
-            prepared = list(map(self.prepare_or_error, chunk))
+            prepared = [self._prepare_or_error(photo) for photo in chunk]
             usable = [photo for photo in prepared if not isinstance(photo, PhotoError)]
-            predictions = iter(self.predictions(self.probabilities(np.stack(usable))) if usable else ())
+            predictions = map(self._prediction, self.probabilities(np.stack(usable)) if usable else ())
             yield from (photo if isinstance(photo, PhotoError) else next(predictions) for photo in prepared)
 
     def prepare(self, photo: bytes) -> npt.NDArray[np.uint8]:
@@ -159,33 +177,36 @@ class Predictor:
         Raises:
             PhotoError: it cannot be used.
         """
-        check_header(photo)
-        return resize_to_square(decode(photo), self.size)
+        if photo.startswith(b"\xff\xd8") and photo.count(b"\xff\xda") > MAX_SCANS:
+            raise PhotoError(f"photo has more than {MAX_SCANS} scans")
+        width, height = _sides(photo)
+        if max(width, height) > MAX_SIDE or width * height > self._max_pixels:
+            raise PhotoError(
+                f"photo has {width}x{height} pixels; a side may have {MAX_SIDE}, a photo {self._max_pixels}"
+            )
+        with self._large_photo if width * height > MANY_PIXELS else nullcontext():
+            return resize_to_square(decode(photo), self.size)
 
-    def prepare_or_error(self, photo: bytes) -> npt.NDArray[np.uint8] | PhotoError:
-        """As `prepare`, with the error as the result."""
+    def probabilities(self, prepared: npt.NDArray[np.uint8], *, calibrated: bool = True) -> npt.NDArray[np.float64]:
+        """(n, len(labels)), calibrated or the network's own, of prepared photos (n, size, size, 3)."""
+        with self._engine_lock:
+            logits = self._forward(prepared)
+        scaled = logits.astype(np.float64) / (self._calibration.temperature if calibrated else 1.0)
+        shifted = np.exp(scaled - scaled.max(1, keepdims=True))
+        probabilities: npt.NDArray[np.float64] = shifted / shifted.sum(1, keepdims=True)
+        return probabilities
+
+    def _prepare_or_error(self, photo: bytes) -> npt.NDArray[np.uint8] | PhotoError:
         try:
             return self.prepare(photo)
         except PhotoError as error:
             return error
 
-    def probabilities(self, prepared: npt.NDArray[np.uint8], *, calibrated: bool = True) -> npt.NDArray[np.float64]:
-        """(n, len(labels)), calibrated or the network's own, of prepared photos (n, size, size, 3)."""
-        scaled = self._forward(prepared).astype(np.float64) / (self.temperature if calibrated else 1.0)
-        shifted = np.exp(scaled - scaled.max(1, keepdims=True))
-        shares: npt.NDArray[np.float64] = shifted / shifted.sum(1, keepdims=True)
-        return shares
-
-    def predictions(self, probabilities: npt.NDArray[np.float64]) -> list[Prediction]:
-        """A prediction a row of probabilities."""
-        predictions = []
-        for row in probabilities:
-            best = int(row.argmax())
-            shares = {label: float(share) for label, share in zip(self.labels, row, strict=True)}
-            likely = tuple(label for label, share in shares.items() if share >= self.set_threshold)
-            quantity = self.labels[best]
-            predictions.append(Prediction(quantity, float(row[best]), shares, likely or (quantity,), self.version))
-        return predictions
+    def _prediction(self, row: npt.NDArray[np.float64]) -> Prediction:
+        probabilities = dict(zip(self.labels, row.tolist(), strict=True))
+        quantity = self.labels[int(row.argmax())]
+        likely = [label for label, share in probabilities.items() if share >= self._calibration.set_threshold]
+        return Prediction(quantity, probabilities[quantity], probabilities, tuple(likely or [quantity]), self.version)
 
 
 def record(outcome: Prediction | PhotoError, version: str) -> dict[str, Any]:
@@ -224,26 +245,25 @@ def exported_folder(folder: Path) -> Path:
     return inside if (inside / DESCRIPTION).is_file() else folder
 
 
-def check_header(photo: bytes) -> int:
-    """Pixels of a photo by its header; 0 where it cannot be read: decoding says why.
+def refuse_external_data(graph: bytes) -> None:
+    """Refuse an ONNX graph with tensors in other files: the engines would open any path that it names.
+
+    A tensor names its file under the key "location", which protobuf stores as it is.
 
     Raises:
-        PhotoError: a side is too long, or a JPEG has too many scans.
+        ValueError: the word occurs in the graph.
     """
-    if photo.startswith(b"\xff\xd8") and photo.count(b"\xff\xda") > MAX_SCANS:
-        raise PhotoError(f"photo has more than {MAX_SCANS} scans")
+    if b"location" in graph:
+        raise ValueError("it has data in other files, which are never opened")
+
+
+def _sides(photo: bytes) -> tuple[int, int]:
+    """Width and height by the header; 0 where it cannot be read: decoding says why."""
     try:
         with Image.open(io.BytesIO(photo), formats=FORMATS) as opened:
-            width, height = opened.size
+            return opened.size
     except Exception:  # Pillow's readers raise many kinds of errors on hostile bytes
-        return 0
-    if max(width, height) > MAX_SIDE:
-        raise PhotoError(f"photo has {width}x{height} pixels; a side may have {MAX_SIDE}")
-    return width * height
-
-
-class _NewerFormatError(Exception):
-    pass
+        return 0, 0
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -254,90 +274,8 @@ def _read(path: Path, limit: int) -> bytes:
     return content
 
 
-def _checked_description(content: Any) -> dict[str, Any]:
-    """The content of model.json, its values within bounds."""
-    if content["format"] > NEWEST_FORMAT:
-        raise _NewerFormatError(
-            f"has format {content['format']}; this version reads up to {NEWEST_FORMAT}: upgrade stocktake"
-        )
-    labels, size, calibration = content["labels"], content["preprocessing"]["size"], content["calibration"]
-    if not 1 <= len(labels) <= 1000 or not all(type(label) is int and 0 <= label <= 100_000 for label in labels):
-        raise ValueError("labels must be 1 to 1000 whole numbers up to 100,000")
-    if len(set(labels)) < len(labels):
-        raise ValueError("a label is there twice")
-    if type(size) is not int or not 8 <= size <= 4096:
-        raise ValueError(f"size {size!r} must be from 8 to 4096")
-    for name, least, most in (("temperature", 0.01, 100.0), ("set_threshold", 0.0, 1.0)):
-        value = float(calibration.get(name, 0.0) if name == "set_threshold" else calibration[name])
-        if not isfinite(value) or not least <= value <= most:
-            raise ValueError(f"{name} {value:g} must be from {least:g} to {most:g}")
-    if content.get("engine") not in (None, *ENGINES):
-        raise ValueError(f"engine {content['engine']!r} must be one of {', '.join(ENGINES)}")
-    if content.get("precision", "f32") not in ("f32", "bf16"):
-        raise ValueError(f"precision {content['precision']!r} must be f32 or bf16")
-    checked: dict[str, Any] = content
-    return checked
-
-
-_MESSAGES: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node", 11: "attribute"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-}
-"""Messages of onnx.proto that can hold a tensor: field number -> message."""
-_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of TensorProto
-
-
-def refuse_external_data(graph: bytes) -> None:
-    """Refuse an ONNX graph with tensors in other files: the engines would open any path that it names.
-
-    Raises:
-        ValueError: it has such tensors, or is no ONNX graph.
-    """
-    messages = [("model", memoryview(graph))]
-    while messages:
-        kind, content = messages.pop()
-        for number, value in _fields(content):
-            if kind == "tensor":
-                if number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0):
-                    raise ValueError("it has data in other files, which are never opened")
-            elif (inner := _MESSAGES[kind].get(number)) and isinstance(value, memoryview):
-                messages.append((inner, value))
-
-
-def _fields(content: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Number and value of a protobuf message's fields."""
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            if place >= len(content) or shift > 63:
-                raise ValueError("it is no ONNX graph")
-            byte = content[place]
-            place += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while place < len(content):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        if wire_type not in (1, 2, 5):
-            raise ValueError("it is no ONNX graph")
-        length = varint() if wire_type == 2 else 8 if wire_type == 1 else 4
-        if place + length > len(content):
-            raise ValueError("it is no ONNX graph")
-        yield number, content[place : place + length]
-        place += length
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 @cache
@@ -358,21 +296,10 @@ def _openvino(graph: bytes, threads: int, precision: Precision) -> tuple[_Forwar
     if precision == "f32":
         settings["INFERENCE_PRECISION_HINT"] = "f32"
     compiled = core.compile_model(core.read_model(graph), "CPU", settings)
-    requests: list[Any] = []  # an infer request is for one thread at a time
-
-    def forward(prepared: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        try:
-            request = requests.pop()
-        except IndexError:
-            request = compiled.create_infer_request()
-        try:
-            return np.array(request.infer({"photos": prepared})["logits"], dtype=np.float32)
-        finally:
-            requests.append(request)
-
     used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     classes = compiled.output("logits").partial_shape[-1].get_length()
-    return forward, classes, f"openvino {installed_version('openvino')} {used}"
+    name = f"openvino {installed_version('openvino')} {used}"
+    return lambda prepared: compiled({"photos": prepared})["logits"], classes, name
 
 
 def _onnxruntime(graph: bytes, threads: int, _: Precision) -> tuple[_Forward, int, str]:
@@ -382,8 +309,6 @@ def _onnxruntime(graph: bytes, threads: int, _: Precision) -> tuple[_Forward, in
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-    def forward(prepared: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return np.asarray(session.run(["logits"], {"photos": prepared})[0], dtype=np.float32)
-
-    return forward, session.get_outputs()[0].shape[-1], f"onnxruntime {installed_version('onnxruntime')} f32"
+    classes = session.get_outputs()[0].shape[-1]
+    name = f"onnxruntime {installed_version('onnxruntime')} f32"
+    return lambda prepared: session.run(["logits"], {"photos": prepared})[0], classes, name

@@ -28,7 +28,7 @@ from stocktake.serving.predictor import DESCRIPTION, ENGINES, FOLDER, GRAPH, Pre
 COLUMN = "photo"
 CODE = ("errors.py", "data/images.py", "serving/predictor.py")
 """Files of the package that a logged model carries beside this one."""
-REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow")
+REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "pydantic")
 """What the model is loaded with, besides its engine: part of the extra `serving`, in the versions it was saved with."""
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, COLUMN)]),

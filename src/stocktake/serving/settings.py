@@ -59,3 +59,12 @@ class ServerSettings:
 
 
 _ADAPTER = TypeAdapter(ServerSettings)
+
+
+def setting_descriptions() -> dict[str, str]:
+    """Of every setting, its docstring and default, for people."""
+    from docstring_parser import parse_from_object
+
+    defaults = ServerSettings()
+    parts = {part.arg_name: part.description or "" for part in parse_from_object(ServerSettings).params}
+    return {name: f"{' '.join(text.split())} ({getattr(defaults, name)})" for name, text in parts.items()}

@@ -7,16 +7,14 @@ a new one does not start, the old ones go on. Imports nothing heavy: containers 
 from __future__ import annotations
 
 import errno
-import json
+import logging
 import os
 import shutil
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -44,6 +42,7 @@ MAX_HEAD_BYTES = 32_768
 KEEP_ALIVE_SECONDS = 65
 """Longer than the minute after which load balancers close idle connections: the client closes first."""
 _MAX_LOG_BYTES = 10_000_000  # and as many in the older file
+log = logging.getLogger("stocktake.serving")
 
 
 class Supervisor(Multiprocess):
@@ -61,6 +60,7 @@ class Supervisor(Multiprocess):
         Raises:
             StocktakeError: a bad setting, or the port is in use.
         """
+        configure_logging()
         self._folder, self._refresh, self._is_endpoint = folder, refresh, is_endpoint
         self._spec = files.read_spec(folder)
         settings = self._spec.server
@@ -87,10 +87,12 @@ class Supervisor(Multiprocess):
 
     def keep_subprocess_alive(self) -> None:
         """Replace workers that died or hang; called twice a second."""
+        for process in self.processes:
+            process.child_conn.close()  # the worker's end: a worker that dies is seen at once, not after START_SECONDS
         super().keep_subprocess_alive()
         if not self._is_up and all(process.is_ready(timeout=1) for process in self.processes):
             self._is_up = True
-            self._tell_serving()
+            self._log_serving()
         self._write_state("serving" if self._is_up else "starting")
         if self._is_endpoint:
             if not self._folder.is_dir():  # removed by hand: nobody could find this process again
@@ -126,7 +128,7 @@ class Supervisor(Multiprocess):
         while self.processes_num > settings.workers:
             self.handle_ttou()
         self._failed_generation = None
-        self._tell_serving()
+        self._log_serving()
 
     def _keep_former(self, generation: int, reason: str) -> None:
         self._failed_generation = generation
@@ -134,12 +136,14 @@ class Supervisor(Multiprocess):
             with suppress(OSError):  # a full disk ends no server
                 files.write_spec(self._folder, self._spec)
         self._remove_old_models()
-        tell(f"generation {generation} is not served: {reason}; {self._spec.model_uri} is served as before")
+        log.error(
+            "serve: generation %d is not served: %s; %s is served as before", generation, reason, self._spec.model_uri
+        )
         self._write_state("serving")
 
-    def _tell_serving(self) -> None:
+    def _log_serving(self) -> None:
         self._remove_old_models()
-        tell(f"serving {self._spec.model_uri} on {self.address}")
+        log.info("serve: serving %s on %s", self._spec.model_uri, self.address)
 
     def _remove_old_models(self) -> None:
         if self._is_endpoint:
@@ -189,25 +193,22 @@ def create_worker_app(folder: Path) -> Starlette:
 
     Exits with STARTUP_FAILURE, its reason in the log, where the model cannot be loaded.
     """
+    configure_logging()
     supervisor = parent_process()
     if supervisor is not None:
         threading.Thread(target=_end_with, args=(supervisor.sentinel,), daemon=True).start()
     try:
-        from stocktake.serving.app import create_app
+        from stocktake.serving.app import MAX_PIXELS, create_app
         from stocktake.serving.predictor import Predictor
-        from stocktake.serving.telemetry import start_logging
 
         spec = files.read_spec(folder)
         settings = spec.server
-        predictor = Predictor(Path(spec.model), threads=settings.threads, version=spec.version)
+        predictor = Predictor(Path(spec.model), threads=settings.threads, version=spec.version, max_pixels=MAX_PIXELS)
     except Exception as error:
-        if isinstance(error, StocktakeError):
-            tell(str(error))
-        else:
-            traceback.print_exc()
+        log.log(logging.ERROR, "serve: %s", error, exc_info=not isinstance(error, StocktakeError))
         sys.exit(STARTUP_FAILURE)
     is_batch_transform = os.environ.get("SAGEMAKER_BATCH", "").lower() == "true"
-    return create_app(predictor, settings, batch_mode=is_batch_transform, on_end=start_logging().stop)
+    return create_app(predictor, settings, batch_mode=is_batch_transform)
 
 
 def _end_with(sentinel: int) -> None:
@@ -215,14 +216,11 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def tell(message: str) -> None:
-    """Write a message to stderr in one write: a line of JSON for a log, plain text on a terminal."""
-    line = f"serve: {message}"
-    if not sys.stderr.isatty():
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message})
-    with suppress(OSError):
-        sys.stderr.write(f"{line}\n")  # one write: the workers log to the same file
-        sys.stderr.flush()
+def configure_logging() -> None:
+    """Log to stderr, a message and its newline in one write: workers share the file."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of each malformed request
 
 
 def address_of(listener: socket.socket) -> str:

@@ -8,79 +8,33 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import logging.handlers
-import queue
 import re
 import secrets
-import sys
 import time
 import traceback
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stocktake.serving.payloads import JSON, RequestError
+from stocktake.serving.payloads import error_response
 
-REQUEST_ID_HEADERS = (b"x-request-id", b"x-amzn-sagemaker-inference-id", b"x-amzn-requestid")
-CUSTOM_ATTRIBUTES = b"x-amzn-sagemaker-custom-attributes"
+REQUEST_ID_HEADERS = ("x-request-id", "x-amzn-sagemaker-inference-id", "x-amzn-requestid")
+CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 """SageMaker passes this header on, and expects it back in the answer: up to 1024 visible ASCII characters."""
 CLIENT_LEFT = 499
 """Status in the log of a request whose client did not wait for the answer, as in nginx's."""
-_REQUEST_ID = re.compile(rb"[\w.:=@/+-]{1,128}", re.ASCII)
-_ATTRIBUTES = re.compile(rb"[\x20-\x7e]{1,1024}")
-_MAX_LINES = 10_000
-"""That wait to be written; should nobody read stderr, later ones are lost."""
-_METRICS = [
-    {"Name": "Requests", "Unit": "Count"},
-    {"Name": "Errors", "Unit": "Count"},
-    {"Name": "Photos", "Unit": "Count"},
-    {"Name": "PhotoErrors", "Unit": "Count"},
-    {"Name": "Latency", "Unit": "Milliseconds"},
-]
+_REQUEST_ID = re.compile(r"[\w.:=@/+-]{1,128}", re.ASCII)
+_ATTRIBUTES = re.compile(r"[\x20-\x7e]{1,1024}")
+_UNITS = {"Requests": "Count", "Errors": "Count", "Photos": "Count", "PhotoErrors": "Count", "Latency": "Milliseconds"}
+_DIRECTIVE = {
+    "Namespace": "stocktake",
+    "Dimensions": [["model_version"]],
+    "Metrics": [{"Name": name, "Unit": unit} for name, unit in _UNITS.items()],
+}
 log = logging.getLogger("stocktake.serving")
-
-
-class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON: time, level, message and the fields given as `extra={"fields": {...}}`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def start_logging() -> logging.handlers.QueueListener:
-    """Write this process's log to stderr, by a thread of its own: a full pipe delays no answer.
-
-    Returns:
-        The thread's listener; `stop` writes what is left.
-    """
-    logging.raiseExceptions = False  # a full queue drops lines
-    writer = logging.StreamHandler(sys.stderr)
-    writer.setFormatter(JsonFormatter())
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_LINES)
-    listener = logging.handlers.QueueListener(lines, writer)
-    root = logging.getLogger()
-    root.handlers = [_Enqueue(lines)]
-    root.setLevel(logging.WARNING)
-    log.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of each malformed request
-    listener.start()
-    return listener
-
-
-class _Enqueue(logging.handlers.QueueHandler):
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Leave the record to be formatted by the writing thread."""
-        return record
 
 
 class RequestLoggingMiddleware:
@@ -93,74 +47,48 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.perf_counter()
-        headers = dict(scope["headers"])
-        request_id = _request_id(headers)
-        attributes = headers.get(CUSTOM_ATTRIBUTES, b"")
-        echoed = [(b"x-request-id", request_id)]
-        if _ATTRIBUTES.fullmatch(attributes):
-            echoed.append((CUSTOM_ATTRIBUTES, attributes))
-        else:
-            attributes = b""
-        status = 0
+        start, status = time.perf_counter(), 0
+        headers = Headers(scope=scope)
+        ids = (headers.get(name, "") for name in REQUEST_ID_HEADERS)
+        request_id = next(filter(_REQUEST_ID.fullmatch, ids), None) or secrets.token_hex(8)
+        returned = {"x-request-id": request_id}
+        if _ATTRIBUTES.fullmatch(headers.get(CUSTOM_ATTRIBUTES, "")):
+            returned[CUSTOM_ATTRIBUTES] = headers[CUSTOM_ATTRIBUTES]
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *echoed]
+                MutableHeaders(scope=message).update(returned)
             await send(message)
 
         fields: dict[str, Any] = {}
+        error = None
         try:
             await self._app(scope, receive, send_with_headers)
         except asyncio.CancelledError:  # the server ends, and drain_seconds are over
-            if not status:
-                ending = RequestError(503, "the server is ending: try again", {"retry-after": "1"})
-                await send_error(ending, send_with_headers)
-        except Exception as error:
-            fields["traceback"] = "".join(traceback.format_exception(error))
-            if not status:
-                reason = f"the server failed; its log says why, at request {request_id.decode()}"
-                await send_error(RequestError(500, reason), send_with_headers)
-        client = scope.get("client")
+            error = HTTPException(503, "the server is ending: try again", {"retry-after": "1"})
+        except Exception as fault:
+            fields["traceback"] = "".join(traceback.format_exception(fault))
+            error = HTTPException(500, f"the server failed; its log says why, at request {request_id}")
+        if error and not status:
+            await error_response(error)(scope, receive, send_with_headers)
         fields |= {
-            "request": request_id.decode(),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request": request_id,
             "method": scope["method"],
             "path": scope["path"] if scope["path"] in self._paths else "other",
             "status": status,
             "model_version": self._model_version,
             "received": scope.get("stocktake.received", 0),
-            "client": client[0] if client else None,
+            "client": scope["client"][0] if scope.get("client") else None,
+            "custom_attributes": returned.get(CUSTOM_ATTRIBUTES),
             "Requests": 1,
             "Errors": int(status >= 400),
             "Photos": scope.get("stocktake.photos", 0),
             "PhotoErrors": scope.get("stocktake.photo_errors", 0),
             "Latency": round(1000 * (time.perf_counter() - start), 2),
         }
-        if attributes:
-            fields["custom_attributes"] = attributes.decode()
         if fields["path"] != "/ping":  # the health checks' latency would hide that of the predictions
-            fields["_aws"] = {
-                "Timestamp": int(1000 * time.time()),
-                "CloudWatchMetrics": [
-                    {"Namespace": "stocktake", "Dimensions": [["model_version"]], "Metrics": _METRICS}
-                ],
-            }
-        log.info("%s %s %d", fields["method"], fields["path"], status, extra={"fields": fields})
-
-
-async def send_error(error: RequestError, send: Send) -> None:
-    """Answer with an error, outside the application that turns errors into answers."""
-    body = error.body()
-    headers = {"content-type": JSON, "content-length": str(len(body)), **error.headers}
-    encoded_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": encoded_headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _request_id(headers: dict[bytes, bytes]) -> bytes:
-    for name in REQUEST_ID_HEADERS:
-        if (value := headers.get(name)) is not None and _REQUEST_ID.fullmatch(value):
-            return value
-    return secrets.token_hex(8).encode()
+            fields["_aws"] = {"Timestamp": int(1000 * time.time()), "CloudWatchMetrics": [_DIRECTIVE]}
+        log.info(json.dumps(fields))
