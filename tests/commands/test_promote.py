@@ -20,6 +20,8 @@ from stocktake.commands.ladder import ladder
 from stocktake.config.runs import TrackingConfig
 from stocktake.config.training import HeadConfig, LadderConfig, PcaSvmConfig
 from stocktake.models.backbones import create_backbone
+from stocktake.registry.gate_inputs import ENGINE_TAG
+from stocktake.registry.split_uses import SplitUse
 from tiny_bins import PLAIN_BACKBONE
 
 pytestmark = pytest.mark.slow
@@ -108,7 +110,10 @@ def test_the_best_of_a_ladder_becomes_the_first_champion(shop: Shop) -> None:
     figures = event["figures"]
     run = shop.runs["classical"]
     assert figures["frozen baseline: macro_f1"] == pytest.approx(run.data.metrics["test/macro_f1"], abs=1e-6)
-    assert figures["frozen baseline: gain_low"] > 0
+    assert figures["frozen baseline: gain_bound"] > 0
+    assert (figures["use"], figures["without_gain"], figures["metric"]) == (1, 0, "macro_f1")
+    assert "use 1 of these test bins" in ended.out
+    assert "fewer than 30 test bins" in ended.out
     assert figures["majority baseline: n"] == run.data.metrics["test/n"]
     assert figures["data.fingerprint"] == run.data.tags["data.fingerprint"]
     assert figures["git.commit"] == run.data.tags["git.commit"]
@@ -117,6 +122,7 @@ def test_the_best_of_a_ladder_becomes_the_first_champion(shop: Shop) -> None:
     assert "first light" in card
     assert "ms a photo (median)" in card
     assert "export check: passed" in card
+    assert "use 1 of these test bins" in card
     assert "card.html" in " ".join(file.path for file in shop.client.list_artifacts(run.info.run_id, "model-card"))
     assert shop.client.get_model_version("stocktake", "1").description.startswith("# Model card: stocktake/1")
 
@@ -143,7 +149,7 @@ def test_a_baseline_passes_by_force_alone_and_is_beaten_and_gone_back_to(shop: S
     assert "--force needs --reason" in shop.run("promote", "--force").err
     ended = shop.run("promote", "--force", "--reason", "a start")
     assert (ended.code, ended.err) == (0, "")
-    assert "by force: 2 of 6 rules missed" in ended.out
+    assert "by force: 1 of 5 rules missed" in ended.out
     assert shop.aliases() == {"candidate": 2, "champion": 2}
 
     ended = shop.run("promote", "--version", "1")
@@ -168,10 +174,32 @@ def test_a_baseline_passes_by_force_alone_and_is_beaten_and_gone_back_to(shop: S
     ]
     rejected, forced, promoted, _ = shop.history()
     assert rejected["figures"]["failed"] == forced["figures"]["failed"]
-    assert promoted["figures"]["gain_low"] > 0
+    assert promoted["figures"]["gain_bound"] > 0
     assert "failed" not in promoted["figures"]
     card = (shop.folder / "workspace" / "registry" / "stocktake-1" / "card.md").read_text()
     assert "too good to be true" in card
+
+
+def test_refusals_use_up_the_test_split_and_the_same_comparison_does_not(shop: Shop) -> None:
+    shop.run("register", "--run", shop.runs["frozen"].info.run_id)
+    shop.run("promote", "--version", "2", "--force", "--reason", "a start")  # no baseline to compare it with: no use
+    levels = []
+    for words in (("majority",), ("majority",), ("majority", "--gate.metric", "rmse"), ("classical",)):
+        shop.run("register", "--run", shop.runs[words[0]].info.run_id)
+        assert shop.run("promote", *words[1:]).code == (0 if words == ("classical",) else 2)
+        levels.append(shop.history()[-1]["figures"]["level"])
+    first = SplitUse(1, 0).level
+    assert levels == pytest.approx([first, first, first / 4, first / 9], rel=1e-4)
+    assert shop.history()[-1]["figures"]["use"] == 3
+
+
+def test_predictions_of_the_training_framework_are_not_compared(shop: Shop) -> None:
+    shop.client.delete_tag(shop.runs["classical"].info.run_id, ENGINE_TAG)  # as a run of an earlier version
+    ended = shop.run("promote")
+    assert ended.code == 2
+    assert ENGINE_TAG in ended.err
+    assert "stocktake evaluate --model models:/stocktake/1" in ended.err
+    assert "use" not in shop.history()[-1]["figures"]
 
 
 def test_each_limit_refuses_by_its_value_and_changes_nothing(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

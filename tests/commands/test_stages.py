@@ -104,12 +104,13 @@ def check_run(rung: StageResult, config: ImageConfig, command: str, store: str, 
     shares = predict(model, prepared.photos, test["hash"].tolist(), 16, next(iter(model.state_dict().values())).device)
     assert ((shares.argmax(1) + 1) == predictions["predicted"]).all(), "the saved model is the one that was evaluated"
 
-    counter = Predictor(run.folder / "models" / "model", engine="onnxruntime")
+    counter = Predictor(run.folder / "models" / "model")
     assert counter.description["check"]["passed"] is True
     assert counter.temperature == pytest.approx(told["calibration/temperature"])
     served = counter.probabilities(prepared.photos.read(test["hash"].tolist()))
     columns = [f"p_{label}" for label in counter.labels]
-    np.testing.assert_allclose(predictions[columns], served, atol=1e-3, err_msg="what is reported is what is served")
+    np.testing.assert_allclose(predictions[columns], served, atol=1e-6, err_msg="what is reported is what is served")
+    assert run.tags["test.engine"] == counter.engine
 
     logged = mlflow.MlflowClient(store).get_run(run.run_id)
     assert logged.info.status == "FINISHED"

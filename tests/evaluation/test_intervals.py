@@ -7,7 +7,7 @@ import pytest
 
 from stocktake.errors import StocktakeError
 from stocktake.evaluation import intervals
-from stocktake.evaluation.intervals import bootstrap_intervals, paired_difference_interval
+from stocktake.evaluation.intervals import bootstrap_intervals, paired_differences, percentile_interval
 from stocktake.evaluation.metrics import confusion_matrix, scores
 
 LABELS = (1, 2, 3, 4, 5)
@@ -79,14 +79,15 @@ def test_paired_difference_is_surer_than_two_intervals():
     rng = np.random.default_rng(7)
     better = np.where(rng.random(600) < 0.1, q, reference)
     groups = np.arange(600) // 2
-    options = {"metric": "accuracy", "seed": 1}
-    gain = paired_difference_interval(LABELS, q, better, reference, groups, **options)
+    differences = paired_differences(LABELS, q, better, reference, groups, seed=1)["accuracy"]
+    gain = percentile_interval(differences)
     point = np.mean(better == q) - np.mean(reference == q)
     assert 0 < gain.low < point < gain.high
     assert width(gain) < 0.7 * width(bootstrap_intervals(LABELS, q, better, groups)["accuracy"])
-    loss = paired_difference_interval(LABELS, q, reference, better, groups, **options)
+    loss = percentile_interval(paired_differences(LABELS, q, reference, better, groups, seed=1)["accuracy"])
     assert (loss.low, loss.high) == pytest.approx((-gain.high, -gain.low), abs=0.01)
-    assert paired_difference_interval(LABELS, q, better, reference, groups, **options) == gain
+    again = paired_differences(LABELS, q, better, reference, groups, seed=1)["accuracy"]
+    np.testing.assert_array_equal(again, differences)
 
 
 def test_paired_difference_agrees_with_scores_of_each_resample():
@@ -94,7 +95,9 @@ def test_paired_difference_agrees_with_scores_of_each_resample():
     q, ours = simulated(80, 8)
     _, theirs = simulated(80, 9, right=0.2)
     theirs = np.where(np.random.default_rng(2).random(80) < 0.5, theirs, q)
-    interval = paired_difference_interval(LABELS, q, ours, theirs, np.arange(80), resamples=1500)
+    interval = percentile_interval(
+        paired_differences(LABELS, q, ours, theirs, np.arange(80), resamples=1500)["macro_f1"]
+    )
     take = np.random.default_rng(3).integers(0, 80, (1500, 80))
     both = [
         scores(np.array([confusion_matrix(LABELS, q[t], p[t]) for t in take]), LABELS)["macro_f1"]
@@ -105,8 +108,8 @@ def test_paired_difference_agrees_with_scores_of_each_resample():
 
 def test_a_model_does_not_differ_from_itself():
     q, p = simulated(50, 10)
-    for metric in ("macro_f1", "rmse", "recall_3"):
-        assert paired_difference_interval(LABELS, q, p, p, np.arange(50), metric=metric) == (0, 0)
+    for differences in paired_differences(LABELS, q, p, p, np.arange(50)).values():
+        assert not differences.any()
 
 
 def test_figures_are_pinned():
@@ -114,7 +117,8 @@ def test_figures_are_pinned():
     q, p = simulated(120, 11)
     groups = np.arange(120) // 2
     assert bootstrap_intervals(LABELS, q, p, groups)["macro_f1"] == pytest.approx(PINNED, abs=1e-12)
-    assert paired_difference_interval(LABELS, q, p, q, groups) == pytest.approx(PINNED_DIFFERENCE, abs=1e-12)
+    difference = percentile_interval(paired_differences(LABELS, q, p, q, groups)["macro_f1"])
+    assert difference == pytest.approx(PINNED_DIFFERENCE, abs=1e-12)
 
 
 def test_arguments_that_do_not_fit():
@@ -124,7 +128,5 @@ def test_arguments_that_do_not_fit():
             bootstrap_intervals(LABELS, q, p, groups)
     with pytest.raises(ValueError):
         bootstrap_intervals(LABELS, one, one, one, level=95)
-    with pytest.raises(ValueError, match="'f1'"):
-        paired_difference_interval(LABELS, one, one, one, one, metric="f1")
     with pytest.raises(StocktakeError, match="9"):
         bootstrap_intervals(LABELS, one, np.array([9]), one)

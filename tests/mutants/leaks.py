@@ -62,8 +62,10 @@ MUTANTS = (
     Mutant(
         "report intervals without groups",
         "src/stocktake/evaluation/evaluation.py",
-        'predicted, groups = self.predictions["predicted"].to_numpy(), self.bins["group"].to_numpy()',
-        'predicted, groups = self.predictions["predicted"].to_numpy(), self.bins["id"].to_numpy()',
+        """        groups = self.bins["group"].to_numpy()
+        intervals, by_mean = (""",
+        """        groups = self.bins["id"].to_numpy()
+        intervals, by_mean = (""",
         ("tests/evaluation/test_evaluation.py::test_intervals_resample_whole_groups",),
     ),
     Mutant(
@@ -85,9 +87,9 @@ MUTANTS = (
     Mutant(
         "gate inequality flipped",
         "src/stocktake/registry/gate.py",
-        "low > limits.min_gain",
-        "low < limits.min_gain",
-        ("tests/registry/test_gate.py",),
+        "bound > limits.min_gain, bound",
+        "bound < limits.min_gain, bound",
+        ("tests/registry/test_gate.py::test_a_worse_model_is_rejected_by_how_much",),
     ),
     Mutant(
         "temperature forgotten in serving",

@@ -6,9 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from tqdm import trange
 
 from stocktake.config.runs import EvaluateConfig
 from stocktake.data.manifest import Manifest, build_manifest
@@ -18,10 +16,11 @@ from stocktake.data.task import parse_task
 from stocktake.errors import StocktakeError
 from stocktake.evaluation.calibration import Calibration
 from stocktake.evaluation.evaluation import Evaluation
+from stocktake.registry.gate_inputs import ENGINE_TAG
 from stocktake.registry.lineage import Lineage, open_store, run_of_model, trained_bins
 from stocktake.registry.models import fetch_model, resolve_alias, version_label
 from stocktake.serving.predictor import FOLDER, Predictor
-from stocktake.stages.run import dataset_record, plain
+from stocktake.stages.run import dataset_record, plain, served_probabilities
 from stocktake.tracking.runs import start_run
 
 
@@ -54,6 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         "model": config.model,
         "on": config.on,
         "overlap": "unauditable" if lineage.unknown else f"{dropped} dropped" if dropped else "none",
+        ENGINE_TAG: predictor.engine,
     }
     if (version := version_label(address)) is not None:
         tags["model.version"] = version
@@ -62,12 +62,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         run.log_params({"overlap": config.overlap, "overlap.dropped": dropped})
         run.log_params({f"split.{name}": value for name, value in plain(vars(manifest.split_config)).items()})
         run.log_dataset(dataset_record(manifest), "evaluation")
-        parts = []
-        for start in trange(0, len(bins), config.batch_size, desc="predicting", leave=False, disable=None):
-            hashes = bins["hash"].iloc[start : start + config.batch_size].tolist()
-            parts.append(predictor.probabilities(photos.read(hashes), calibrated=False))
         evaluation = Evaluation(
-            np.concatenate(parts),
+            served_probabilities(predictor, photos, bins["hash"].tolist(), config.batch_size),
             bins,
             labels,
             config.on,

@@ -10,18 +10,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stocktake.config.versions import PromoteConfig
 from stocktake.errors import StocktakeError
-from stocktake.registry.gate import GateResult, ServingStats, run_gate
+from stocktake.registry.gate import GateResult, ServingStats, comparison_key, run_gate
 from stocktake.registry.gate_inputs import GateInputs, gather_inputs
 from stocktake.registry.model_card_data import try_to_publish_card
 from stocktake.registry.models import fetch_model
 from stocktake.registry.promotion import record_challenger, record_rejection, set_challenger, set_champion
+from stocktake.registry.split_uses import SplitUse, record_outcome, record_use
 from stocktake.registry.versions import CHAMPION, ModelRegistry, Version
 from stocktake.serving.predictor import Predictor
 from stocktake.tables import show_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PHOTOS, _SECONDS = 50, 5.0
 """A latency is the median of so many photos, or of as many as are counted in so many seconds."""
@@ -62,12 +66,18 @@ def promote(config: PromoteConfig) -> GateResult | None:
             return None
         champion = registry.champion()
         serving = measure(version, config)
-        inputs = gather_inputs(registry, version, champion, config.workspace, config.overlap)
+        inputs = gather_inputs(registry, version, champion, config.workspace, config.overlap, config.gate.metric)
         for warning in inputs.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if inputs.dropped:
             print(f"--overlap drop: {inputs.dropped} test bins that a model was trained on are left out", flush=True)
-        result = run_gate(inputs.predictions, inputs.references, serving, config.gate, reason=inputs.reason)
+
+        def count_use(bins: pd.DataFrame) -> SplitUse:
+            return record_use(registry, comparison_key(bins, inputs.references, config.gate.metric), bins)
+
+        result = run_gate(inputs.predictions, inputs.references, serving, config.gate, count_use, reason=inputs.reason)
+        if result.use is not None:
+            record_outcome(registry, result.use, has_gain=result.has_gain)
         show(result, version, champion)
         figures = _figures(result, inputs)
         if not result.passed and not config.force:
@@ -120,7 +130,7 @@ def example_photo(folder: Path) -> bytes:
 
 
 def show(result: GateResult, version: Version, champion: Version | None) -> None:
-    """Print all rules as a table, and the commands that make what rules lacked."""
+    """Print all rules as a table, the remarks, and the commands that make what rules lacked."""
     rows = [
         {
             "": "passed" if rule.passed else "FAILED",
@@ -135,6 +145,8 @@ def show(result: GateResult, version: Version, champion: Version | None) -> None
     against = champion.label if champion else "the baselines, there is no champion yet"
     title = f"The gate: {version.label} against {against}"
     show_table(rows, title=title, style=lambda row: None if row[""] == "passed" else "bold")
+    for remark in result.remarks:
+        print(remark, flush=True)
     for rule in result.failed:
         if rule.hint:
             print(f"for the rule `{rule.name}`:\n  {rule.hint}", flush=True)

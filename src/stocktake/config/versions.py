@@ -15,13 +15,17 @@ class GateConfig(Settings):
     """What a challenger has to show before it becomes the champion."""
 
     min_gain: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """The gain in test macro-F1 over the champion: the lower end of its paired 95 % interval must be above this."""
+    """The gain over the champion in the metric on test: the lower end of its paired one-sided interval, whose level
+    shrinks with the uses of the test split, must be above this."""
     max_recall_drop: Annotated[float, Field(ge=0, le=1)] = 0.10
-    """No quantity's recall on test may fall by more than this."""
+    """No quantity's recall on test may fall by more than this: refused when the paired 95 % interval lies above it."""
     max_latency_ms: Annotated[float, Field(ge=0)] = 100.0
     """One photo's median milliseconds on this machine must be below this."""
     max_size_mb: Annotated[float, Field(ge=0)] = 200.0
     """The model's megabytes must be below this."""
+    metric: Literal["macro_f1", "rmse", "rmse_expected"] = "macro_f1"
+    """What the gain is measured in. rmse, in items: of the served quantity; rmse_expected: of the rounded mean of the
+    served probabilities. Lower is better there."""
 
 
 @dataclass
@@ -63,6 +67,7 @@ class PromoteConfig(ModelConfig):
     Examples:
         stocktake promote
         stocktake promote --version 3 --gate.min_gain 0.01 --gate.max_latency_ms 20
+        stocktake promote --version 3 --gate.metric rmse
         stocktake promote --version 3 --to challenger
         stocktake promote --version 3 --force --reason urgent
     """

@@ -55,26 +55,25 @@ def bootstrap_intervals(
         ValueError: no bins, arrays of different lengths, or a level outside 0 to 1.
     """
     (drawn,) = _resampled_scores(labels, quantities, [predicted], groups, resamples, seed)
-    return {name: _percentiles(values, level) for name, values in drawn.items()}
+    return {name: percentile_interval(values, level) for name, values in drawn.items()}
 
 
-def paired_difference_interval(
+def paired_differences(
     labels: Sequence[int],
     quantities: NDArray[Any],
     predicted: NDArray[Any],
     reference: NDArray[Any],
     groups: NDArray[Any],
     *,
-    metric: str = "macro_f1",
     resamples: int = 2000,
-    level: float = 0.95,
     seed: int = 0,
-) -> Interval:
-    """Interval of score(predicted) - score(reference) on the same bins.
+) -> dict[str, NDArray[np.float64]]:
+    """Resample score(predicted) - score(reference) on the same bins, for every score of `metrics.scores`.
 
     Both models are scored on the same resample and the difference is taken there: what makes a bin hard for both
     cancels out, so this tells two models apart where their own intervals overlap. The paired bootstrap of Efron &
-    Tibshirani (1993), sec. 16.4, with whole groups as the unit. For rmse and mae, better is a difference below 0.
+    Tibshirani (1993), sec. 16.4, with whole groups as the unit. `percentile_interval` of a score's differences is
+    their interval, their standard deviation the standard error. For rmse and mae, better is a difference below 0.
 
     Args:
         labels: the task's K quantities.
@@ -82,19 +81,30 @@ def paired_difference_interval(
         predicted: (N,) quantities predicted by the model in question.
         reference: (N,) quantities predicted by the model that it is compared with.
         groups: (N,) the bin group of each snapshot.
-        metric: a name that `metrics.scores` returns.
         resamples: how many times to resample.
-        level: share of the resamples inside the interval, between 0 and 1.
-        seed: the same seed gives the same interval.
+        seed: the same seed gives the same differences.
+
+    Returns:
+        (resamples,) differences of each score.
 
     Raises:
         StocktakeError: a quantity is none of the labels.
-        ValueError: an unknown metric, no bins, arrays of different lengths, or a level outside 0 to 1.
+        ValueError: no bins, or arrays of different lengths.
     """
     ours, theirs = _resampled_scores(labels, quantities, [predicted, reference], groups, resamples, seed)
-    if metric not in ours:
-        raise ValueError(f"unknown metric {metric!r}: one of {', '.join(ours)}")
-    return _percentiles(ours[metric] - theirs[metric], level)
+    return {name: values - theirs[name] for name, values in ours.items()}
+
+
+def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
+    """Return the (1 - level) / 2 and (1 + level) / 2 quantiles of resampled values.
+
+    Raises:
+        ValueError: a level outside 0 to 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is between 0 and 1, not {level}")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
 
 
 def _resampled_scores(
@@ -136,10 +146,3 @@ def _resampled_scores(
         {name: np.concatenate([chunk[index][name] for chunk in chunks]) for name in chunks[0][index]}
         for index in range(len(models))
     ]
-
-
-def _percentiles(values: NDArray[np.float64], level: float) -> Interval:
-    if not 0 < level < 1:
-        raise ValueError(f"level is between 0 and 1, not {level}")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))

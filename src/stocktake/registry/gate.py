@@ -1,20 +1,36 @@
-"""Whether a challenger may become the champion: rules on predictions of the same bins, and on how it is served."""
+"""Whether a challenger may become the champion: rules on predictions of the same bins, and on how it is served.
+
+The gain is judged by the lower end of its one-sided interval: gain - t * standard error, where the error is that of the
+paired bootstrap over the G bin groups, times sqrt(G / (G - 1)), and t the quantile of Student's distribution with G - 1
+degrees of freedom. The level of the interval shrinks with the uses of the test split (`split_uses`) to 1e-4 and below.
+There, a percentile of 2000 resamples would rest on none of them, while their standard deviation is known to 2 %, and a
+mean over hundreds of bins is near normal (Efron & Tibshirani, An Introduction to the Bootstrap (1993), ch. 12-13).
+`tests/benchmarks/gate.py` simulates how often equal and better challengers pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from stocktake.config.versions import GateConfig
-from stocktake.evaluation.intervals import paired_difference_interval
-from stocktake.evaluation.metrics import confusion_matrix, scores
+from stocktake.evaluation.intervals import paired_differences, percentile_interval
+from stocktake.evaluation.metrics import LOWER_IS_BETTER, confusion_matrix, scores
+from stocktake.registry.split_uses import SplitUse
 
-LEVEL = 0.95
-"""Of the interval that the gain is judged by."""
+POWER = 0.8
+"""Probability that a gain of the detectable size passes."""
+FEW_BINS = 30
+"""A class with fewer test bins is warned about: the 95 % interval of its recall reaches up to 0.18 to either side."""
+METRICS = {"macro_f1": "macro-F1", "rmse": "RMSE", "rmse_expected": "RMSE of the rounded mean"}
+_GAIN = "gain over the"
 _ROUNDING = 1e-9  # 0.4 - 0.3 is more than 0.1 in floating point
 
 
@@ -64,7 +80,7 @@ class Reference:
     name: str
     """Such as `champion stocktake/2` or `majority baseline`."""
     predictions: pd.DataFrame | None
-    """A row a test bin: id, group, quantity, predicted. None: there are none on this split."""
+    """A row a test bin: id, group, quantity, predicted, expected. None: there are none on this split."""
     reason: str = ""
     """Why there are none, or why it cannot be beaten."""
     hint: str = ""
@@ -91,6 +107,10 @@ class GateResult:
 
     rules: tuple[Rule, ...]
     figures: dict[str, Any] = field(default_factory=dict)
+    use: SplitUse | None = None
+    """Of the test split; None if nothing was compared on it."""
+    remarks: tuple[str, ...] = ()
+    """Lines on the comparison: the use and its level, the detectable gain, classes of few bins."""
 
     @property
     def passed(self) -> bool:
@@ -102,79 +122,138 @@ class GateResult:
         """The rules that were missed."""
         return [rule for rule in self.rules if not rule.passed]
 
+    @property
+    def has_gain(self) -> bool:
+        """Whether the challenger is better than each reference."""
+        gains = [rule for rule in self.rules if rule.name.startswith(_GAIN)]
+        return bool(gains) and all(rule.passed for rule in gains)
+
 
 def run_gate(
     challenger: pd.DataFrame | None,
     references: Sequence[Reference],
     serving: ServingStats,
     limits: GateConfig,
+    count_use: Callable[[pd.DataFrame], SplitUse],
     *,
     reason: str = "",
 ) -> GateResult:
     """Judge a challenger by every rule.
 
     Args:
-        challenger: its predictions on its test split: id, group, quantity, predicted and p_<label>; None: none exist.
+        challenger: its predictions on its test split, as of `compare_predictions`; None: none exist.
         references: the champion alone, or the baselines.
         serving: how it answers here.
         limits: of the rules.
+        count_use: counts a use of the challenger's test split; called once, before the first figure on it is computed,
+            and not at all unless the bins of all references pair up with the challenger's.
         reason: why `challenger` is None.
     """
-    rules: list[Rule] = []
+    rules = [_check_split(challenger, reference, reason) for reference in references]
     figures: dict[str, Any] = {"latency_ms": serving.latency_ms, "size_mb": serving.size_mb, "engine": serving.engine}
-    for reference in references:
-        if challenger is None:
-            rules.append(Rule(_same_split(reference), False, note=reason))
-            continue
-        compared, measured = compare_predictions(challenger, reference, limits)
-        rules += compared
-        prefix = "" if reference.guards_recall else f"{reference.name}: "
-        figures |= {f"{prefix}{name}": value for name, value in measured.items()}
-    return GateResult((*rules, *check_serving(serving, limits)), figures)
+    use: SplitUse | None = None
+    remarks: list[str] = []
+    if challenger is not None and all(rule.passed for rule in rules):
+        use = count_use(challenger)
+        remarks = [f"{use}: judged at level {use.level:.2g}", *_few_bins(challenger)]
+        figures |= {"metric": limits.metric, "use": use.number, "without_gain": use.without_gain, "level": use.level}
+        for reference in references:
+            compared, measured = compare_predictions(challenger, reference, limits, use)
+            rules += compared
+            prefix = "" if reference.guards_recall else f"{reference.name}: "
+            figures |= {f"{prefix}{name}": value for name, value in measured.items()}
+            detectable = measured["detectable_gain"]
+            remarks.append(f"{POWER:.0%} of true gains of {detectable:.3f} over the {reference.name} would pass")
+    return GateResult((*rules, *check_serving(serving, limits)), figures, use, tuple(remarks))
 
 
 def compare_predictions(
-    challenger: pd.DataFrame, reference: Reference, limits: GateConfig
+    challenger: pd.DataFrame, reference: Reference, limits: GateConfig, use: SplitUse
 ) -> tuple[list[Rule], dict[str, float | int]]:
     """Apply the rules on predictions of the same bins.
 
     Args:
-        challenger: id, group, quantity, predicted, and a column p_<label> for each label of the task.
-        reference: what it is compared with.
-        limits: min_gain and max_recall_drop.
+        challenger: id, group, quantity, predicted, expected, and a column p_<label> for each label of the task.
+        reference: what it is compared with, with predictions of the same bins.
+        limits: metric, min_gain and max_recall_drop.
+        use: of these bins: the level to judge at.
 
     Returns:
-        The rules, and macro_f1, reference_macro_f1, gain, gain_low, gain_high, n; none if the bins do not pair up.
+        The rules, and the metric, reference_<metric>, gain, gain_low and gain_high (its 95 % interval), gain_bound
+        (the lower end that is judged), detectable_gain (passes with a probability of POWER) and n. A gain is positive
+        where the challenger is better: where its RMSE is lower.
     """
-    split_rule, name = _same_split(reference), reference.name
-    if reference.predictions is None or reference.reason:
-        return [Rule(split_rule, False, note=reference.reason, hint=reference.hint)], {}
-    if difference := _difference(challenger, reference.predictions):
-        return [Rule(split_rule, False, note=difference, hint=reference.hint)], {}
-    labels = [int(column.removeprefix("p_")) for column in challenger.columns if column.startswith("p_")]
-    other = reference.predictions.set_index("id").loc[challenger["id"], "predicted"].to_numpy(dtype=np.int64)
-    recorded, predicted = (challenger[column].to_numpy(dtype=np.int64) for column in ("quantity", "predicted"))
-    ours, theirs = (scores(confusion_matrix(labels, recorded, column), labels) for column in (predicted, other))
-    groups = challenger["group"].to_numpy()
-    low, high = paired_difference_interval(labels, recorded, predicted, other, groups, level=LEVEL)
-    own, other_score = float(ours["macro_f1"]), float(theirs["macro_f1"])
-    gain = own - other_score
-    figures = {"macro_f1": own, "reference_macro_f1": other_score, "gain": gain, "gain_low": low, "gain_high": high}
-    figures["n"] = len(challenger)
-    note = f"macro-F1 {own:.3f} against {other_score:.3f}: {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
-    rules = [
-        Rule(split_rule, True, note=f"{len(challenger)} bins, {len(np.unique(groups))} groups"),
-        Rule(f"gain over the {name}", low > limits.min_gain, low, limits.min_gain, "above", note=note),
-    ]
+    from scipy.stats import norm, t
+
+    if reference.predictions is None:
+        raise ValueError(f"the {reference.name} has no predictions")
+    labels = task_labels(challenger)
+    theirs = reference.predictions.set_index("id").loc[challenger["id"]]
+    metric, column = limits.metric, "expected" if limits.metric == "rmse_expected" else "predicted"
+    compared = _Compared.of(labels, challenger, theirs, column)
+    score, sign = metric.removesuffix("_expected"), -1 if metric in LOWER_IS_BETTER else 1
+    own, other_score = compared.ours[score], compared.theirs[score]
+    gain, gains = sign * (own - other_score), sign * compared.differences[score]
+    low, high = percentile_interval(gains)
+    free = challenger["group"].nunique() - 1
+    error, quantile = float(gains.std()) * math.sqrt((free + 1) / free), float(t.isf(use.level, free))
+    bound, detectable = gain - quantile * error, limits.min_gain + (quantile + float(norm.ppf(POWER))) * error
+    figures = {metric: own, f"reference_{metric}": other_score, "gain": gain, "gain_low": low, "gain_high": high}
+    figures |= {"gain_bound": bound, "detectable_gain": detectable, "n": len(challenger)}
+    note = f"{METRICS[metric]} {own:.3f} against {other_score:.3f}: {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+    name = f"{_GAIN} {reference.name}"
+    rules = [Rule(name, bound > limits.min_gain, bound, limits.min_gain, "above", note=note)]
     if reference.guards_recall:
-        drops = {label: float(theirs[f"recall_{label}"] - ours[f"recall_{label}"]) for label in labels}
-        worst = max(drops, key=drops.__getitem__)
-        figures["recall_drop"] = drop = drops[worst]
-        recalls = [float(scored[f"recall_{worst}"]) for scored in (theirs, ours)]
-        limit, note = limits.max_recall_drop, f"of {worst}, from {recalls[0]:.3f} to {recalls[1]:.3f}"
-        name = "largest fall of a quantity's recall"
-        rules.append(Rule(name, drop <= limit + _ROUNDING, drop, limit, "at most", note=note))
+        if column != "predicted":
+            compared = _Compared.of(labels, challenger, theirs, "predicted")
+        drops = {label: percentile_interval(-compared.differences[f"recall_{label}"]) for label in labels}
+        worst = max(drops, key=lambda label: drops[label].low)
+        low, high = drops[worst]
+        before, after = (scored[f"recall_{worst}"] for scored in (compared.theirs, compared.ours))
+        figures |= {"recall_drop": before - after, "recall_drop_low": low}
+        note = f"of {worst}, from {before:.3f} to {after:.3f}: {before - after:+.3f} [{low:+.3f}, {high:+.3f}]"
+        name, limit = "largest fall of a quantity's recall that is certain", limits.max_recall_drop
+        rules.append(Rule(name, low <= limit + _ROUNDING, low, limit, "at most", note=note))
     return rules, figures
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Scores of two models on the same bins."""
+
+    ours: Mapping[str, float]
+    theirs: Mapping[str, float]
+    differences: Mapping[str, NDArray[np.float64]]
+    """Of `paired_differences`."""
+
+    @classmethod
+    def of(cls, labels: list[int], ours: pd.DataFrame, theirs: pd.DataFrame, column: str) -> _Compared:
+        """Score a column of two tables whose rows are the same bins."""
+        recorded, *counted = (
+            values.to_numpy(dtype=np.int64) for values in (ours["quantity"], ours[column], theirs[column])
+        )
+        scored = [
+            {name: float(value) for name, value in scores(confusion_matrix(labels, recorded, each), labels).items()}
+            for each in counted
+        ]
+        differences = paired_differences(labels, recorded, counted[0], counted[1], ours["group"].to_numpy())
+        return cls(scored[0], scored[1], differences)
+
+
+def comparison_key(challenger: pd.DataFrame, references: Sequence[Reference], metric: str) -> str:
+    """16 hex digits of a comparison: the same predictions compared by the same metric are no second use."""
+    digest = hashlib.blake2b(metric.encode(), digest_size=8)
+    for table in (challenger, *(reference.predictions for reference in references)):
+        if table is not None:
+            digest.update(
+                table.sort_values("id")[["id", "quantity", "predicted", "expected"]].to_csv(index=False).encode()
+            )
+    return digest.hexdigest()
+
+
+def task_labels(predictions: pd.DataFrame) -> list[int]:
+    """The quantities of the task, from the columns p_<label>."""
+    return [int(column.removeprefix("p_")) for column in predictions.columns if column.startswith("p_")]
 
 
 def check_serving(serving: ServingStats, limits: GateConfig) -> list[Rule]:
@@ -197,8 +276,28 @@ def check_serving(serving: ServingStats, limits: GateConfig) -> list[Rule]:
     ]
 
 
-def _same_split(reference: Reference) -> str:
-    return f"same test split as the {reference.name}"
+def _check_split(challenger: pd.DataFrame | None, reference: Reference, reason: str) -> Rule:
+    """Whether the bins of the two pair up; `reason`: why the challenger has none."""
+    name = f"same test split as the {reference.name}"
+    if challenger is None:
+        return Rule(name, False, note=reason)
+    if reference.predictions is None or reference.reason:
+        return Rule(name, False, note=reference.reason, hint=reference.hint)
+    if difference := _difference(challenger, reference.predictions):
+        return Rule(name, False, note=difference, hint=reference.hint)
+    groups = challenger["group"].nunique()
+    if groups < 2:
+        return Rule(name, False, note="all its bins are one group: an interval needs two")
+    return Rule(name, True, note=f"{len(challenger)} bins, {groups} groups")
+
+
+def _few_bins(challenger: pd.DataFrame) -> tuple[str, ...]:
+    counts = challenger["quantity"].value_counts()
+    few = {label: int(counts.get(label, 0)) for label in task_labels(challenger)}
+    shown = ", ".join(f"{label} ({n} bins)" for label, n in few.items() if n < FEW_BINS)
+    return (
+        (f"warning: fewer than {FEW_BINS} test bins of quantity {shown}: its recall is hardly known",) if shown else ()
+    )
 
 
 def _difference(challenger: pd.DataFrame, reference: pd.DataFrame) -> str:

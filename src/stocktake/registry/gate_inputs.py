@@ -15,6 +15,7 @@ from stocktake.config.parser import option_names
 from stocktake.config.runs import TrackingConfig
 from stocktake.data.overlap import CHOSEN, describe_overlap, find_seen
 from stocktake.evaluation.evaluation import FOLDER
+from stocktake.evaluation.metrics import LOWER_IS_BETTER
 from stocktake.redaction import without_credentials
 from stocktake.registry.gate import Reference
 from stocktake.registry.lineage import Lineage, trained_bins
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PREDICTIONS = f"{FOLDER}/test_predictions.parquet"
+ENGINE_TAG = "test.engine"
+"""Tag of a run whose test predictions are those of the exported model: the engine and number format that served it."""
 BASELINES = ("majority", "frozen")
 """Stages that the first champion has to beat."""
-_COLUMNS = {"id", "group", "quantity", "predicted"}
+_COLUMNS = {"id", "group", "quantity", "predicted", "expected"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,12 @@ class GateInputs:
 
 
 def gather_inputs(
-    registry: ModelRegistry, version: Version, champion: Version | None, workspace: str, overlap: str = "refuse"
+    registry: ModelRegistry,
+    version: Version,
+    champion: Version | None,
+    workspace: str,
+    overlap: str = "refuse",
+    metric: str = "macro_f1",
 ) -> GateInputs:
     """Fetch the predictions of a version and of the champion, or of the baselines while there is none.
 
@@ -58,10 +66,11 @@ def gather_inputs(
         champion: what it is compared with.
         workspace: for the commands that make what is missing.
         overlap: refuse to compare on bins that either has seen, or drop them.
+        metric: the gate's; by it, on val, the best run of a baseline is taken.
     """
     run = get_run(registry, version.run_id)
     tags: Mapping[str, str] = run.data.tags if run else {}
-    source = _Source(registry, run, tags.get("task", ""), tags.get("data.fingerprint", ""), workspace)
+    source = _Source(registry, run, tags.get("task", ""), tags.get("data.fingerprint", ""), workspace, metric)
     predictions, reason = None, f"the run of {version.label} is gone"
     if run is not None:
         predictions, reason = source.of_version(version, run)
@@ -141,6 +150,7 @@ class _Source:
     task: str
     fingerprint: str
     workspace: str
+    metric: str
 
     def champion(self, champion: Version) -> Reference:
         run = get_run(self.registry, champion.run_id)
@@ -157,15 +167,16 @@ class _Source:
         return Reference(name, None, reason, hint)
 
     def baseline(self, stage: str) -> Reference:
-        """The stage's finished run of the best val/macro_f1 on the split."""
+        """The stage's finished run on the split that is best on val by the gate's metric."""
         name = f"{stage} baseline"
         if self.run is None:
             return Reference(name, None, "the version's run is gone", guards_recall=False)
         if self.run.data.tags.get("stage") == stage:
             return Reference(name, None, f"the version is a {stage} baseline itself", guards_recall=False)
         experiment = self.run.info.experiment_id
-        for run in self._search([experiment], f"tags.stage = '{stage}'", "metrics.`val/macro_f1` DESC"):
-            if "val/macro_f1" in run.data.metrics and (predictions := self._fetch(run.info.run_id)) is not None:
+        best_first = f"metrics.`val/{self.metric}` {'ASC' if self.metric in LOWER_IS_BETTER else 'DESC'}"
+        for run in self._search([experiment], f"tags.stage = '{stage}'", best_first):
+            if f"val/{self.metric}" in run.data.metrics and (predictions := self._fetch(run)) is not None:
                 return Reference(name, predictions, guards_recall=False)
         experiment_name = self.registry.client.get_experiment(experiment).name
         reason = f"there is no run of it on {self._split} in the experiment {experiment_name!r}"
@@ -177,10 +188,14 @@ class _Source:
         """Those of the version's own run or, where it has none, of an `evaluate` run; or why there are none."""
         if not self.task or not self.fingerprint:
             return None, f"its run {run.info.run_name} has no tags task and data.fingerprint"
-        predictions = self._fetch(run.info.run_id)
+        predictions = self._fetch(run)
         if predictions is None:
             predictions = self._of_evaluate_run(version)
-        return predictions, "" if predictions is not None else f"its run {run.info.run_name} has no {PREDICTIONS}"
+        if predictions is not None:
+            return predictions, ""
+        evaluate = self._command("evaluate", {"model": version.uri}, self.registry.tracking.experiment)
+        missing = f"{PREDICTIONS} by the exported model (tag {ENGINE_TAG})"
+        return None, f"its run {run.info.run_name} has no {missing}; `{evaluate}` makes them"
 
     @property
     def _split(self) -> str:
@@ -193,7 +208,7 @@ class _Source:
             experiments.add(own.experiment_id)
         condition = f"tags.stage = 'evaluate' AND tags.`model.version` = '{version.label}' AND tags.on = 'test'"
         runs = self._search(sorted(experiments), condition, "attributes.start_time DESC")
-        tables = (self._fetch(run.info.run_id) for run in runs)
+        tables = (self._fetch(run) for run in runs)
         return next((table for table in tables if table is not None), None)
 
     def _search(self, experiments: list[str], condition: str, order: str) -> list[Any]:
@@ -202,12 +217,14 @@ class _Source:
         condition = f"{condition} AND {split} AND attributes.status = 'FINISHED'"
         return list(self.registry.client.search_runs(experiments, condition, order_by=[order], max_results=20))
 
-    def _fetch(self, run_id: str) -> pd.DataFrame | None:
-        """The run's predictions of its test split; None if it has none, or a table of another form."""
+    def _fetch(self, run: Any) -> pd.DataFrame | None:
+        """The run's predictions of its test split by the exported model; None if it has none, or of another form."""
         import pandas as pd
 
-        client, folder = self.registry.client, PREDICTIONS.rpartition("/")[0]
-        if PREDICTIONS not in {file.path for file in client.list_artifacts(run_id, folder)}:
+        run_id, client, folder = run.info.run_id, self.registry.client, PREDICTIONS.rpartition("/")[0]
+        if ENGINE_TAG not in run.data.tags or PREDICTIONS not in {
+            file.path for file in client.list_artifacts(run_id, folder)
+        }:
             return None
         with tempfile.TemporaryDirectory() as temporary:
             table = pd.read_parquet(Path(client.download_artifacts(run_id, PREDICTIONS, temporary)))

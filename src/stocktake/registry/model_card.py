@@ -12,7 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from stocktake.evaluation.pages import data_uri, render
+from stocktake.registry.gate import METRICS
 from stocktake.registry.promotion import Event
+from stocktake.registry.split_uses import SplitUse
 from stocktake.registry.versions import Version
 
 CONFUSION, RELIABILITY = "test_confusion_matrix.png", "test_reliability.png"
@@ -171,6 +173,9 @@ def format_figures(event: Event) -> str:
     for key in (key for key in figures if key.endswith(": gain")):
         low, high = figures[f"{key}_low"], figures[f"{key}_high"]
         parts.append(f"over the {key.removesuffix(': gain')} {figures[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
+    if "use" in figures:
+        use = SplitUse(figures["use"], figures["without_gain"])
+        parts.append(f"{METRICS.get(figures['metric'], figures['metric'])}; {use}, judged at level {use.level:.2g}")
     if figures.get("failed"):
         parts.append(f"failed: {', '.join(figures['failed'])}")
     return "; ".join(parts)

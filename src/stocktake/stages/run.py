@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
+from tqdm import trange
 
 from stocktake import distributed
 from stocktake.config.runs import ImageConfig, TrackingConfig
+from stocktake.data.array_cache import ArrayCache
 from stocktake.data.ids_by_split import FILE, RUN_COLUMNS, write_ids_by_split
 from stocktake.data.manifest import Manifest
 from stocktake.data.splits import Split
@@ -30,7 +32,8 @@ from stocktake.models.checkpoint import save_model
 from stocktake.models.counting_model import CountingModel
 from stocktake.models.export import export_model
 from stocktake.models.inference import pick_device, predict
-from stocktake.serving.predictor import FOLDER
+from stocktake.registry.gate_inputs import ENGINE_TAG
+from stocktake.serving.predictor import FOLDER, Predictor
 from stocktake.stages import ROOT
 from stocktake.stages.prepare import PreparedData
 from stocktake.stages.table import STAGES
@@ -202,29 +205,31 @@ def evaluate_and_log(
     step: int = 0,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Evaluate a finished model on val and test, save it, and log all of it to its run.
+    """Evaluate a finished model on val, save and export it, evaluate the export on test, and log all of it to its run.
 
-    The test split is read here and nowhere else: everything was chosen on val before. The processes of a distributed
-    job call this together: all predict, the first one saves.
+    The test split is read here and nowhere else: everything was chosen on val before. Its figures are those of the
+    exported model, in the engine and number format that serve it. The processes of a distributed job call this
+    together: all predict val, the first one does the rest.
 
     Returns:
         `val/...` and `test/...` metrics with intervals.
     """
-    val, test = (split_probabilities(model, prepared, split, batch_size) for split in ("val", "test"))
+    val = split_probabilities(model, prepared, "val", batch_size)
 
     def log() -> dict[str, float]:
         quantities = prepared.manifest.split("val")["quantity"].to_numpy()
         calibration = fit_calibration(val, quantities, model.spec.labels)
         metrics = {f"calibration/{name}": float(getattr(calibration, name)) for name in _FITTED}
         run.log_metrics(metrics, step=step)
-        for evaluation in (
-            evaluate_split(run, model, config, prepared, "val", val, calibration),
-            test_evaluation := evaluate_split(run, model, config, prepared, "test", test, calibration),
-        ):
-            evaluation.log(run, step)
-            metrics |= evaluation.metrics
-        print(test_evaluation.summary, flush=True)
-        _keep_model(run, model, prepared, calibration, calibration.apply(val))
+        of_val = evaluate_split(run, model, config, prepared, "val", val, calibration)
+        of_val.log(run, step)
+        predictor = _keep_model(run, model, prepared, calibration, calibration.apply(val))
+        run.set_tags({ENGINE_TAG: predictor.engine})
+        test = served_probabilities(predictor, prepared.photos, prepared.manifest.split("test")["hash"].tolist())
+        of_test = evaluate_split(run, model, config, prepared, "test", test, calibration)
+        of_test.log(run, step)
+        print(of_test.summary, flush=True)
+        metrics |= of_val.metrics | of_test.metrics
         return metrics
 
     return distributed.run_on_rank_zero(log)
@@ -236,7 +241,8 @@ def _keep_model(
     prepared: PreparedData,
     calibration: Calibration,
     val: npt.NDArray[np.float64],
-) -> None:
+) -> Predictor:
+    """Save and export the model; return the export, loaded."""
     from stocktake.serving.export_check import PHOTOS, check_export
     from stocktake.serving.pyfunc import save_pyfunc
 
@@ -250,6 +256,17 @@ def _keep_model(
         export_model(model, exported, {**asdict(calibration), "fitted_on": "val"})
         check_export(exported, shown["id"].tolist(), prepared.photos.read(shown["hash"].tolist()), val[rows])
         run.log_model(save_pyfunc(exported, run.folder / "models" / MODEL, example), MODEL)
+        return Predictor(exported, threads=2)
+
+
+def served_probabilities(
+    predictor: Predictor, photos: ArrayCache, hashes: list[str], batch_size: int = 64
+) -> npt.NDArray[np.float64]:
+    """(n, K) probabilities of prepared photos by an exported model, uncalibrated."""
+    parts = []
+    for start in trange(0, len(hashes), batch_size, desc="predicting", leave=False, disable=None):
+        parts.append(predictor.probabilities(photos.read(hashes[start : start + batch_size]), calibrated=False))
+    return np.concatenate(parts)
 
 
 def split_probabilities(
