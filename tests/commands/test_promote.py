@@ -205,13 +205,13 @@ def test_predictions_of_the_training_framework_are_not_compared(shop: Shop) -> N
 def test_each_limit_refuses_by_its_value_and_changes_nothing(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.run("register", "--run", shop.runs["frozen"].info.run_id)
     shop.run("promote", "--force", "--reason", "a start")
-    strict = ("--gate.min_gain", "0.99", "--gate.max_latency_ms", "0", "--gate.max_size_mb", "0.1")
+    strict = ("--gate.min_gain", "0.99", "--gate.max_latency_ms", "0", "--gate.max_size_mb", "0")
     ended = shop.run("promote", "--version", "1", *strict)
     assert ended.code == 2
     assert "refused by 3 of 6 rules: gain over the champion stocktake/2: " in ended.err
     assert re.search(r"\(above 0\.990; missed by 0\.\d{3}\), macro-F1 1\.000 against", ended.err)
     assert re.search(r"latency of one photo: \d+\.\d ms \(below 0\.0 ms; missed by", ended.err)
-    assert re.search(r"size of the model: \d+\.\d MB \(below 0\.1 MB; missed by", ended.err)
+    assert re.search(r"size of the model: \d+\.\d MB \(below 0\.0 MB; missed by", ended.err)
     assert shop.aliases() == {"candidate": 2, "challenger": 1, "champion": 2}
     assert len(shop.history()[-1]["figures"]["failed"]) == 3
 
