@@ -69,7 +69,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 
 @pytest.fixture
 def start(
-    machines: tuple[Machine, Machine], tiny_root: Path, store: str, tmp_path: Path
+    machines: tuple[Machine, Machine], tiny_root: Path, sqlite_store: str, tmp_path: Path
 ) -> Iterator[Callable[..., list[subprocess.Popen[bytes]]]]:
     """start("--epochs", "2"): the same command on both machines; those that still run at the end are killed."""
     processes: list[subprocess.Popen[bytes]] = []
@@ -99,7 +99,7 @@ def start(
                 "--training.patience",
                 "1000",
             ]
-            words += ["--workspace", str(tmp_path / f"machine-{node}"), "--tracking.uri", store]
+            words += ["--workspace", str(tmp_path / f"machine-{node}"), "--tracking.uri", sqlite_store]
             words += ["--tracking.system_metrics", "false", *more]
             command = [sys.executable, "-m", "stocktake", "ddp", *words]
             with (tmp_path / f"log-{node}.txt").open("wb") as log:
@@ -117,8 +117,8 @@ def logs(folder: Path) -> str:
     return "".join(f"--- machine {node}\n{(folder / f'log-{node}.txt').read_text()}" for node in (0, 1))
 
 
-def the_run(store: str) -> mlflow.entities.Run:
-    client = mlflow.MlflowClient(store, store)
+def the_run(sqlite_store: str) -> mlflow.entities.Run:
+    client = mlflow.MlflowClient(sqlite_store, sqlite_store)
     experiment = client.get_experiment_by_name("stocktake")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
@@ -128,7 +128,7 @@ def the_run(store: str) -> mlflow.entities.Run:
 def test_a_machine_that_is_cut_off_ends_the_job(
     start: Callable[..., list[subprocess.Popen[bytes]]],
     machines: tuple[Machine, Machine],
-    store: str,
+    sqlite_store: str,
     tmp_path: Path,
 ) -> None:
     """Until then they train one run. Two that come to the end are in tests/aws/test_jobs_training.py."""
@@ -143,7 +143,7 @@ def test_a_machine_that_is_cut_off_ends_the_job(
     for process in processes:
         assert process.wait(120) != 0, logs(tmp_path)
     assert time.monotonic() - began < 90
-    run = the_run(store)
+    run = the_run(sqlite_store)
     assert (run.data.tags["world_size"], run.data.tags["nodes"], run.data.tags["backend"]) == ("2", "2", "gloo")
     assert not re.search("^epoch=", (tmp_path / "log-1.txt").read_text(), re.MULTILINE)
     assert not list((tmp_path / "machine-1" / "runs").glob("*"))  # the run is the first machine's
