@@ -12,7 +12,7 @@ from registry_store import WORKSPACE
 from stocktake.config.runs import TrackingConfig
 from stocktake.data.ids_by_split import FILE, write_ids_by_split
 from stocktake.errors import StocktakeError
-from stocktake.registry.gate_inputs import PREDICTIONS, gather_inputs
+from stocktake.registry.gate_inputs import ENGINE_TAG, PREDICTIONS, gather_inputs
 from stocktake.registry.lineage import STARTED_FROM, file_of_splits, run_of_model, trained_bins
 from stocktake.registry.registration import register_run
 from stocktake.registry.versions import ModelRegistry, Version
@@ -28,11 +28,18 @@ def ids_by_split(splits: list[str]) -> pd.DataFrame:
 
 
 @pytest.fixture
-def train(model_folder: Path, store: str) -> Any:
+def train(model_folder: Path, sqlite_store: str) -> Any:
     """train(name, splits=SPLIT, **tags): a finished run with a model, predictions and, unless None, its splits."""
 
     def make(name: str, splits: list[str] | None = SPLIT, **tags: str) -> TrackedRun:
-        tags = {"stage": name, "task": "1-2", "data.fingerprint": "f", "data.root": "bins", **tags}
+        tags = {
+            "stage": name,
+            "task": "1-2",
+            "data.fingerprint": "f",
+            "data.root": "bins",
+            ENGINE_TAG: "openvino",
+            **tags,
+        }
         with start_run(TRACKING, workspace=WORKSPACE, name=name, tags=tags) as run:
             run.log_model(model_folder)
             (run.artifacts / PREDICTIONS).parent.mkdir(parents=True)
