@@ -43,7 +43,7 @@ def train(model_folder: Path, sqlite_store: str) -> Any:
         with start_run(TRACKING, workspace=WORKSPACE, name=name, tags=tags) as run:
             run.log_model(model_folder)
             (run.artifacts / PREDICTIONS).parent.mkdir(parents=True)
-            test = pd.DataFrame({"id": IDS, "group": IDS, "quantity": 1, "predicted": 1})[8:]
+            test = pd.DataFrame({"id": IDS, "group": IDS, "quantity": 1, "predicted": 1, "expected": 1.0})[8:]
             test.to_parquet(run.artifacts / PREDICTIONS)
             if splits is not None:
                 write_ids_by_split(run.artifacts / FILE, ids_by_split(splits))
