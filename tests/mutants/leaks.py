@@ -94,9 +94,16 @@ MUTANTS = (
     Mutant(
         "temperature forgotten in serving",
         "src/stocktake/serving/predictor.py",
-        "(self.temperature if calibrated else 1.0)",
+        "(self._calibration.temperature if calibrated else 1.0)",
         "1.0",
         ("tests/serving/test_predictor.py::test_temperature_softens_and_keeps_the_answer",),
+    ),
+    Mutant(
+        "splits re-drawn when a smaller id arrives",
+        "src/stocktake/data/splits.py",
+        'before = bins["id"].map(split_of)',
+        'before = bins["id"].map({})',
+        ("tests/data/test_splits.py::test_a_smaller_id_a_lost_member_and_a_bin_between_two_groups_redraw_nothing",),
     ),
     Mutant(
         "DDP counts a photo twice",
