@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,8 @@ from PIL import Image
 from stocktake.cli import main
 
 pytest_plugins = ["sagemaker_local.pytest_plugin", "emulated_aws", "tracking_server"]
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no fault
+hypothesis.settings.load_profile("any machine")
 EXIF_ORIENTATION = 0x0112
 
 

@@ -112,7 +112,7 @@ def test_the_best_trial_is_an_experiment(site: Site, searched: Run, tmp_path: Pa
     billed = sum(int(child.data.tags["job.billed_seconds"]) for child in trials)
     assert int(tags["job.billed_seconds"]) == billed
     path = Path(site.client.download_artifacts(searched.info.run_id, "best.yaml", str(tmp_path)))
-    assert path.read_text().startswith("# stocktake train --experiment best.yaml\n")
+    assert path.read_text().startswith("# stocktake finetune --experiment best.yaml\n")
     config = parse("finetune", ["--experiment", str(path)])
     assert (config.root, config.task, config.backbone) == (site.root, "1-3", PLAIN_BACKBONE)
     assert config.training.optimizer == best.data.params["training.optimizer"]

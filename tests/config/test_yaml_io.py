@@ -94,7 +94,7 @@ def test_a_config_survives_its_experiment(command: str, tmp_path: Path) -> None:
     path = tmp_path / "made" / "experiment.yaml"
     header = [f"mlflow run . -e {command} -P experiment={path}", "", "Seen: a lot\nof it"]
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     @given(CONFIGS[command])
     def survives(config: Any) -> None:
         write_experiment(path, config, header)

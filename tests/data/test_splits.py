@@ -104,7 +104,7 @@ def growing_roots(draw: st.DrawFn) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("by", ["group", "id"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=growing_roots(), seed=st.integers(0, 3))
 def test_a_bin_that_was_in_train_is_never_in_test_as_a_root_grows(
     by: Literal["group", "id"], steps: list[dict[str, str]], seed: int

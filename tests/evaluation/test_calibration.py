@@ -30,7 +30,7 @@ def drawn(n: int, seed: int, sharpness: float = 0.7) -> tuple[np.ndarray, np.nda
     return probabilities, np.array([rng.choice(LABELS, p=row) for row in probabilities])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(temperature=st.floats(0.4, 4.0), seed=st.integers(0, 1000))
 def test_a_distorting_temperature_is_found(temperature: float, seed: int) -> None:
     probabilities, quantities = drawn(3000, seed)
@@ -49,7 +49,7 @@ def test_no_other_temperature_has_a_smaller_loss() -> None:
     assert min(losses, key=losses.__getitem__) == pytest.approx(best, rel=0.03)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(temperature=st.floats(0.2, 8.0), seed=st.integers(0, 1000))
 def test_tempering_keeps_the_order_and_can_be_undone(temperature: float, seed: int) -> None:
     probabilities, _ = drawn(20, seed, sharpness=2.0)
@@ -115,7 +115,7 @@ def test_sets_cover_other_bins_of_the_same_kind_at_the_level() -> None:
     assert np.mean(shares) == pytest.approx(0.9, abs=0.015)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 300), temperature=st.floats(0.3, 3))
 def test_the_calibration_error_is_that_of_torchmetrics(seed: int, n: int, temperature: float) -> None:
     probabilities, quantities = drawn(n, seed)

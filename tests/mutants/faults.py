@@ -210,14 +210,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "src/stocktake/serving/engine_pool.py",
         'return "prediction is stuck"',
         "return None",
-        ("tests/serving/test_server_limits.py::test_ping_fails_while_prediction_is_stuck_or_dead",),
+        ("tests/serving/test_server_limits.py::test_a_full_queue_refuses_and_ping_fails_while_prediction_is_stuck",),
     ),
     Mutant(
         "ping while prediction is dead",
         "src/stocktake/serving/engine_pool.py",
         'return "prediction fails" if self._failures >= MAX_FAILURES else None',
         "return None",
-        ("tests/serving/test_server_limits.py::test_ping_fails_while_prediction_is_stuck_or_dead",),
+        ("tests/serving/test_server_limits.py::test_a_failing_engine_is_logged_by_request_and_fails_the_ping",),
     ),
     Mutant(
         "a request as large as the queue",
@@ -250,15 +250,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "custom attributes not returned",
         "src/stocktake/serving/telemetry.py",
-        "            echoed.append((CUSTOM_ATTRIBUTES, attributes))\n",
+        "            returned[CUSTOM_ATTRIBUTES] = headers[CUSTOM_ATTRIBUTES]\n",
         "            pass\n",
         ("tests/serving/test_server.py::test_sagemakers_custom_attributes_are_logged_and_returned",),
     ),
     Mutant(
         "custom attributes not logged",
         "src/stocktake/serving/telemetry.py",
-        'fields["custom_attributes"] = attributes.decode()',
-        "pass",
+        '"custom_attributes": returned.get(CUSTOM_ATTRIBUTES)',
+        '"custom_attributes": None',
         ("tests/serving/test_server.py::test_sagemakers_custom_attributes_are_logged_and_returned",),
     ),
     Mutant(
@@ -292,8 +292,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "run-local's server without -P",
         "src/stocktake/serving/local_target.py",
-        '[sys.executable, "-P", "-m", "stocktake.serving.serve", str(model), *options]',
-        '[sys.executable, "-m", "stocktake.serving.serve", str(model), *options]',
+        '[sys.executable, "-P", "-m", "stocktake.serving.serve", str(model)]',
+        '[sys.executable, "-m", "stocktake.serving.serve", str(model)]',
         ("tests/serving/test_local_target.py::test_run_local_and_its_help",),
     ),
 )

@@ -135,7 +135,7 @@ _values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(SUPPORTED), st.one_of(st.binary(max_size=200), _values.map(encoded)))
 def test_any_body_is_read_or_refused(media: str, body: bytes) -> None:
     try:

@@ -20,7 +20,7 @@ from stocktake.data.images import PhotoError
 from stocktake.errors import StocktakeError
 from stocktake.models.export import export_model
 from stocktake.models.inference import predict
-from stocktake.serving.predictor import CHUNK, ENGINES, MANY_PIXELS, Predictor
+from stocktake.serving.predictor import CHUNK, ENGINES, MANY_PIXELS, MAX_SIDE, Predictor
 from tiny_bins import draw_bin, tiny_model
 
 PHOTOS = [draw_bin(quantity, 900) for quantity in (1, 2, 3)]
@@ -86,6 +86,8 @@ def test_the_pixels_of_a_photo_are_bounded_before_it_is_decoded(exported_model: 
     predictor = Predictor(exported_model, max_pixels=2 * MANY_PIXELS)
     with pytest.raises(PhotoError, match="2000x2001"):
         predictor.predict([png_header(2000, 2001)])
+    with pytest.raises(PhotoError, match="x10 pixels"):
+        predictor.predict([png_header(MAX_SIDE + 1, 10)])
     file = io.BytesIO()
     Image.open(io.BytesIO(PHOTOS[0])).resize((2000, 1500)).save(file, "JPEG")
     assert len(predictor.predict([file.getvalue()] * 2)) == 2  # decoded one at a time
