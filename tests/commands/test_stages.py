@@ -106,7 +106,7 @@ def check_run(rung: StageResult, config: ImageConfig, command: str, store: str, 
 
     counter = Predictor(run.folder / "models" / "model")
     assert counter.description["check"]["passed"] is True
-    assert counter.temperature == pytest.approx(told["calibration/temperature"])
+    assert counter.description["calibration"]["temperature"] == pytest.approx(told["calibration/temperature"])
     served = counter.probabilities(prepared.photos.read(test["hash"].tolist()))
     columns = [f"p_{label}" for label in counter.labels]
     np.testing.assert_allclose(predictions[columns], served, atol=1e-6, err_msg="what is reported is what is served")
