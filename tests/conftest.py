@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,12 @@ pytest_plugins = ["sagemaker_local.pytest_plugin", "emulated_aws", "tracking_ser
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no fault
 hypothesis.settings.load_profile("any machine")
 EXIF_ORIENTATION = 0x0112
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches the tests' commands, also where a shell in the background started pytest with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
