@@ -70,7 +70,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
-    The exit code is 0 on success, 2 for an error that the user can mend (told in one line), 1 for a job that failed,
+    The exit code is 0 on success, 2 for an error that the user can mend (one line says how), 1 for a job that failed,
     130 on Ctrl-C. `--debug` shows the traceback of an error instead of its line.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from stocktake.config.runs import EvaluateConfig
 from stocktake.data.manifest import Manifest, build_manifest
-from stocktake.data.overlap import CHOSEN, TRAINED, describe_overlap, find_seen
+from stocktake.data.overlap import CHOSEN, TRAINED, describe_overlap, find_seen, overlap_label
 from stocktake.data.photos import prepare_photos
 from stocktake.data.task import parse_task
 from stocktake.errors import StocktakeError
@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         "data.fingerprint": manifest.fingerprint,
         "model": config.model,
         "on": config.on,
-        "overlap": "unauditable" if lineage.unknown else f"{dropped} dropped" if dropped else "none",
+        "overlap": overlap_label(is_auditable=not lineage.unknown, dropped=dropped),
         ENGINE_TAG: predictor.engine,
     }
     if (version := version_label(address)) is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stocktake.config.versions import PromoteConfig
+from stocktake.data.overlap import overlap_label
 from stocktake.errors import StocktakeError
 from stocktake.registry.gate import GateResult, ServingStats, comparison_key, run_gate
 from stocktake.registry.gate_inputs import GateInputs, gather_inputs
@@ -156,6 +157,6 @@ def _figures(result: GateResult, inputs: GateInputs) -> dict[str, Any]:
     """What the history keeps."""
     figures = {name: round(value, 6) if isinstance(value, float) else value for name, value in result.figures.items()}
     figures |= {"task": inputs.task, "data.fingerprint": inputs.fingerprint, "git.commit": inputs.commit}
-    figures["overlap"] = "unauditable" if inputs.warnings else f"{inputs.dropped} dropped" if inputs.dropped else "none"
+    figures["overlap"] = overlap_label(is_auditable=not inputs.warnings, dropped=inputs.dropped)
     failed = [str(rule)[:_RULE_LENGTH] for rule in result.failed]
     return figures | ({"failed": failed} if failed else {})

@@ -77,3 +77,10 @@ def describe_overlap(model: str, seen: pd.DataFrame, total: int) -> str:
     more = ", ..." if len(seen) > _SHOWN else ""
     ids = ", ".join(seen["id"].head(_SHOWN))
     return f"{model}, or a model it started from, was trained on {len(seen)} of the {total} bins ({ids}{more})"
+
+
+def overlap_label(*, is_auditable: bool, dropped: int = 0) -> str:
+    """What a run, a version and the gate's history say of seen bins: unauditable, `N dropped` or none."""
+    if not is_auditable:
+        return "unauditable"
+    return f"{dropped} dropped" if dropped else "none"

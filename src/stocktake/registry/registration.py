@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stocktake.config.runs import TrackingConfig
+from stocktake.data.overlap import overlap_label
 from stocktake.errors import StocktakeError
 from stocktake.registry.lineage import check_test_split, trained_bins
 from stocktake.registry.model_card_data import try_to_publish_card
@@ -51,7 +52,7 @@ def register_run(registry: ModelRegistry, asked: str, runs: Path) -> Version:
     check_test_split(name, lineage, run.data.params.get("split.by", "group"))
     if lineage.unknown:
         print(f"warning: {name} is {lineage.warning}", file=sys.stderr)
-    tags["overlap"] = "unauditable" if lineage.unknown else "none"
+    tags["overlap"] = overlap_label(is_auditable=not lineage.unknown)
     number = _find_or_create_version(registry, model.model_id, run.info.run_id, tags, f"Of run {name}.")
     registry.set_alias(CANDIDATE, registry.version(number))
     return registry.version(number)

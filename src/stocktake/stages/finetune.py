@@ -28,7 +28,7 @@ def train(
 ) -> NetworkModel:
     """Train on the train split and leave the network at its best epoch on val.
 
-    A checkpoint in the run's folder is resumed. `should_stop` is told each epoch's figures and its number from 1,
+    A checkpoint in the run's folder is resumed. `should_stop` gets each epoch's figures and its number from 1,
     and may end the training. The processes of a distributed job call this together; the first one's `run` and
     `should_stop` count.
     """

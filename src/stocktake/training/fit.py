@@ -85,7 +85,7 @@ def fit(
         config: epochs, rates, early stopping, ...
         precision: what to compute in.
         checkpoints: folder of the checkpoints; the latest in it is resumed. Rank 0's: the others need not see it.
-        on_epoch: told each epoch's figures, by the first process.
+        on_epoch: called with each epoch's figures, in the first process.
 
     Raises:
         StocktakeError: settings with which nothing can be learnt, or a last.ckpt that is damaged or was trained with

@@ -115,7 +115,7 @@ def train_trial(
         stage: what is trained.
         config: the stage's, with the trial's settings.
         prepared: the data; its photos may have another size.
-        trial: is told each epoch's value, and may be pruned.
+        trial: gets each epoch's value reported, and may be pruned.
         objectives: of the study.
 
     Returns:
